@@ -1,0 +1,1 @@
+"""What touches the host on a device's behalf: one small class per kind of descriptor."""

@@ -1,0 +1,142 @@
+"""Every kind of device there is: module, register spaces, descriptors, parameters, limits.
+
+One entry is the first half of a device's page (the second is policies/NAME.policy).  Descriptor slots
+are fixed: 0 and 1 are /dev/null, 2 the log pipe, 3 the access channel, 4 the control channel, and the
+entry's own descriptors follow from 5 in the order written here; policies name them FD_<NAME>.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from devproc.wire import Scalar, Space
+
+FD_LOG: Final = 2
+FD_ACCESS: Final = 3
+FD_CONTROL: Final = 4
+FD_FIRST: Final = 5
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A named descriptor and the backend that wraps it.
+
+    `kind`: "signal" an eventfd written by the device; "input" a byte source; "output" a byte sink.
+    """
+
+    name: str
+    kind: Literal["signal", "input", "output"]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Param:
+    """A value the supervisor gives at spawn; integers lie in [low, high]."""
+
+    name: str
+    low: int
+    high: int
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A register space and its size in bytes; who puts it at which address is supervisor/machine.py."""
+
+    space: Space
+    size: int
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    summary: str
+    module: str
+    model: str
+    regions: tuple[Region, ...]
+    descriptors: tuple[Descriptor, ...] = ()
+    params: tuple[Param, ...] = ()
+    clocks: tuple[Literal["clock", "wall"], ...] = ()
+    guest_memory: bool = False
+    data_mib: int = 64  # RLIMIT_DATA
+    fsize: int = 0  # RLIMIT_FSIZE in bytes: a console file is written through, so its kind says otherwise
+
+    def slots(self) -> dict[str, int]:
+        """Policy constant -> descriptor number, for every descriptor the process holds."""
+        own = {f"FD_{d.name.upper()}": FD_FIRST + i for i, d in enumerate(self.descriptors)}
+        return {"FD_LOG": FD_LOG, "FD_ACCESS": FD_ACCESS, "FD_CONTROL": FD_CONTROL, **own}
+
+    def check_params(self, values: tuple[Scalar, ...]) -> dict[str, int]:
+        """Parameters by name.
+
+        Raises:
+            ValueError: wrong number, type or range.
+        """
+        if len(values) != len(self.params):
+            raise ValueError(f"{self.name}: {len(values)} parameters, expected {len(self.params)}")
+        named: dict[str, int] = {}
+        for p, v in zip(self.params, values, strict=True):
+            if type(v) is not int or not p.low <= v <= p.high:
+                raise ValueError(f"{self.name}: {p.name} must be an integer in [{p.low}, {p.high}]")
+            named[p.name] = v
+        return named
+
+
+_IRQ = Descriptor("irq", "signal", "its interrupt: an eventfd that KVM turns into an edge")
+
+CATALOG: Final[dict[str, Entry]] = {
+    e.name: e
+    for e in (
+        Entry(
+            "serial", "16550A UART with FIFOs", "devproc.devices.serial", "Serial",
+            regions=(Region(Space.PORT, 8, "RBR/THR to SCR"),),
+            descriptors=(
+                _IRQ,
+                Descriptor("input", "input", "what the guest receives"),
+                Descriptor("output", "output", "what the guest transmits"),
+            ),
+            fsize=1 << 62,
+        ),
+        Entry(
+            "rtc", "MC146818 real-time clock and CMOS memory", "devproc.devices.rtc", "Rtc",
+            regions=(Region(Space.PORT, 2, "index, data"),),
+            descriptors=(_IRQ,),
+            params=(
+                Param("mem_below_4g", 0, 1 << 32, "bytes of RAM below 4 GiB"),
+                Param("mem_above_4g", 0, 1 << 52, "bytes of RAM from 4 GiB on"),
+            ),
+            clocks=("clock", "wall"),
+        ),
+        Entry(
+            "i8042", "keyboard controller, for the reset line", "devproc.devices.i8042", "I8042",
+            regions=(Region(Space.PORT, 4, "port B (0x61), 0x62, 0x63, command/status (0x64)"),),
+            descriptors=(Descriptor("reset", "signal", "asks the supervisor for a system reset"),),
+        ),
+        Entry(
+            "pit", "8254 interval timer and port 0x61", "devproc.devices.pit", "Pit",
+            regions=(Region(Space.PORT, 4, "counters 0-2, control word"), Region(Space.PORT2, 1, "port B")),
+            descriptors=(_IRQ,),
+            clocks=("clock",),
+        ),
+        Entry(
+            "pci-host", "PCI host bridge, function 0:0.0", "devproc.devices.pci_host", "PciHost",
+            regions=(Region(Space.CONFIG, 4096, "configuration space"),),
+        ),
+        Entry(
+            "acpi-pm", "ACPI fixed hardware: PM1 event, PM1 control, PM timer", "devproc.devices.acpi_pm", "AcpiPm",
+            regions=(Region(Space.PORT, 16, "PM1_STS, PM1_EN, PM1_CNT, PM_TMR"),),
+            descriptors=(
+                _IRQ,
+                Descriptor("poweroff", "signal", "asks the supervisor to power the machine off (S5)"),
+            ),
+            clocks=("clock",),
+        ),
+        Entry(
+            "pvpanic", "the guest's word that it has panicked", "devproc.devices.pvpanic", "PvPanic",
+            regions=(Region(Space.PORT, 1, "events"),),
+            descriptors=(Descriptor("panic", "signal", "tells the supervisor that the guest panicked"),),
+        ),
+    )
+}  # fmt: skip

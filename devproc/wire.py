@@ -1,0 +1,422 @@
+"""The wire between supervisor, zygote and device processes: msgpack arrays, no I/O (DESIGN section 5).
+
+Every frame is one msgpack array ``[tag, fields...]`` in one SOCK_SEQPACKET datagram.  No maps, no
+extension types, no object hooks.  `decode` checks tag, arity, type, range and size before it builds
+anything.  The invariant, fuzzed first of all: *any bytes give a message or PeerError*.
+
+Left out on purpose: sequence numbers (each channel is strict request and reply over a reliable
+datagram socket) and versions per message (`Hello` carries one for the whole protocol).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final
+
+import msgpack
+
+VERSION: Final = 1
+ACCESS_FRAME_MAX: Final = 64  # the longest access message is 25 bytes
+CONTROL_FRAME_MAX: Final = 65536
+STATE_MAX: Final = 60000
+TEXT_MAX: Final = 1024
+NAME_MAX: Final = 32
+PARAMS_MAX: Final = 32
+DIGEST_SIZE: Final = 32
+U64_MAX: Final = (1 << 64) - 1
+
+
+class PeerError(Exception):
+    """The process on the other end broke the protocol: it is killed, by name."""
+
+
+class WireError(Exception):
+    """We were about to send what the protocol does not allow: our own bug."""
+
+
+class Space(enum.IntEnum):
+    """Which of a device's register spaces an access goes to; `offset` counts from that space's base."""
+
+    PORT = 0  # the device's own port range
+    PORT2 = 1  # its second port range (port 0x61 of the PIT)
+    CONFIG = 2  # PCI configuration space of the function
+    BAR0 = 3
+    BAR1 = 4
+    BAR2 = 5
+    BAR3 = 6
+    BAR4 = 7
+    BAR5 = 8
+
+
+SIZES: Final = frozenset((1, 2, 4, 8))
+
+Scalar = int | str | bytes | bool
+Check = Callable[[Any], bool]
+
+
+def _uint(limit: int) -> Check:
+    # type() and not isinstance(): a bool is an int, and True is not a size.
+    return lambda v: type(v) is int and 0 <= v <= limit
+
+
+def _text(limit: int) -> Check:
+    return lambda v: type(v) is str and len(v) <= limit
+
+
+def _blob(limit: int) -> Check:
+    return lambda v: type(v) is bytes and len(v) <= limit
+
+
+def _params(v: Any) -> bool:
+    return (
+        type(v) is tuple
+        and len(v) <= PARAMS_MAX
+        and all(type(x) in (int, bool) or (type(x) in (str, bytes) and len(x) <= TEXT_MAX) for x in v)
+    )
+
+
+_space: Check = lambda v: type(v) is int and 0 <= v <= Space.BAR5  # noqa: E731
+_size: Check = lambda v: type(v) is int and v in SIZES  # noqa: E731
+_u64 = _uint(U64_MAX)
+_u32 = _uint((1 << 32) - 1)
+_bool: Check = lambda v: type(v) is bool  # noqa: E731
+_name = _text(NAME_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of every message; `tag` is its first array element and `checks` one predicate per field."""
+
+    tag: ClassVar[int] = -1
+    checks: ClassVar[tuple[Check, ...]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Message):
+    """Supervisor to device: read `size` bytes at `offset`; answered by `Value`."""
+
+    tag = 1
+    checks = (_space, _u64, _size)
+    space: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write(Message):
+    """Supervisor to device: write; answered by `Done` unless `posted`."""
+
+    tag = 2
+    checks = (_space, _u64, _size, _u64, _bool)
+    space: int
+    offset: int
+    size: int
+    data: int
+    posted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Value(Message):
+    """Device to supervisor: what the read gave; must fit the size that was asked for."""
+
+    tag = 3
+    checks = (_u64,)
+    data: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Message):
+    """Device to supervisor: the marked write, or the restore, has taken effect."""
+
+    tag = 4
+    checks = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """Device to supervisor, first on the control channel: protocol version and catalogue name."""
+
+    tag = 16
+    checks = (_u32, _name)
+    version: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Message):
+    """Device to supervisor: sealed in its jail and serving; SHA-256 of its register table."""
+
+    tag = 17
+    checks = (_blob(DIGEST_SIZE),)
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ping(Message):
+    """Supervisor to device: are you there?  Answered by `Pong` with the same token."""
+
+    tag = 18
+    checks = (_u32,)
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong(Message):
+    tag = 19
+    checks = (_u32,)
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save(Message):
+    """Supervisor to device: answer with `State`."""
+
+    tag = 20
+    checks = ()
+
+
+@dataclass(frozen=True, slots=True)
+class State(Message):
+    """A device's whole state, packed by the device and opaque to the supervisor."""
+
+    tag = 21
+    checks = (_blob(STATE_MAX),)
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(Message):
+    """Supervisor to device: take this state (validated by the device); answered by `Done` or `Failed`."""
+
+    tag = 22
+    checks = (_blob(STATE_MAX),)
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stats(Message):
+    """Supervisor to device: answer with `Counters`."""
+
+    tag = 23
+    checks = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Counters(Message):
+    """Device to supervisor: (name, count, name, count...)."""
+
+    tag = 24
+    checks = (_params,)
+    items: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(Message):
+    """Supervisor to device: flush what you hold for the host and leave."""
+
+    tag = 25
+    checks = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Log(Message):
+    """Device to supervisor: one line for the user, at a logging level (10, 20, 30, 40)."""
+
+    tag = 26
+    checks = (_u32, _text(TEXT_MAX))
+    level: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """The sender cannot do what was asked, or cannot go on; `why` is one line."""
+
+    tag = 27
+    checks = (_text(TEXT_MAX),)
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn(Message):
+    """Supervisor to zygote, with the descriptors of the slots 2.. as SCM_RIGHTS.
+
+    `device` is the catalogue name, `name` the instance ("serial1"), `host_id` the uid and gid on the
+    host to run as (0: the caller's own), `jail` one of "full", "best-effort" and "none", `params` the
+    values of the entry's parameters in catalogue order.
+    """
+
+    tag = 32
+    checks = (_name, _name, _u32, _name, _params)
+    device: str
+    name: str
+    host_id: int
+    jail: str
+    params: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned(Message):
+    """Zygote to supervisor: the device process exists; its pid as the supervisor sees it."""
+
+    tag = 33
+    checks = (_u32,)
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listener(Message):
+    """Device to supervisor on the spawn channel, with one descriptor: the seccomp violation listener."""
+
+    tag = 34
+    checks = ()
+
+
+MESSAGES: Final[dict[int, type[Message]]] = {
+    m.tag: m
+    for m in (
+        Read, Write, Value, Done,
+        Hello, Ready, Ping, Pong, Save, State, Restore, Stats, Counters, Stop, Log, Failed,
+        Spawn, Spawned, Listener,
+    )
+}  # fmt: skip
+_FIELDS: Final = {m: tuple(f.name for f in fields(m)) for m in MESSAGES.values()}
+
+
+def require_c_extension() -> None:
+    """Refuse to run on msgpack's pure-Python fallback: it costs ten times more per message.
+
+    Raises:
+        WireError: the C extension is not in use.
+    """
+    if msgpack.Packer.__module__ != "msgpack._cmsgpack":
+        raise WireError("msgpack's C extension is missing: reinstall msgpack with a wheel or a C compiler")
+
+
+def encode(message: Message, limit: int = CONTROL_FRAME_MAX) -> bytes:
+    """The frame for `message`.
+
+    Raises:
+        WireError: a field is out of its range, or the frame is longer than `limit` bytes.
+    """
+    kind = type(message)
+    values = [getattr(message, name) for name in _FIELDS[kind]]
+    if not all(ok(v) for ok, v in zip(kind.checks, values, strict=True)):
+        raise WireError(f"not sendable: {message!r:.200}")
+    frame: bytes = msgpack.packb([kind.tag, *values], use_bin_type=True)
+    if len(frame) > limit:
+        raise WireError(f"{kind.__name__} frame of {len(frame)} bytes, at most {limit}")
+    return frame
+
+
+def _no_ext(code: int, data: bytes) -> None:
+    raise ValueError("extension type")
+
+
+def decode(frame: bytes, limit: int = CONTROL_FRAME_MAX) -> Message:
+    """The message in `frame`.
+
+    Raises:
+        PeerError: for any bytes that are not exactly one valid message of at most `limit` bytes.
+    """
+    if not 0 < len(frame) <= limit:
+        raise PeerError(f"frame of {len(frame)} bytes, expected 1 to {limit}")
+    try:
+        items = msgpack.unpackb(
+            frame,
+            use_list=False,
+            raw=False,
+            strict_map_key=True,
+            ext_hook=_no_ext,
+            max_map_len=0,
+            max_ext_len=0,
+            max_array_len=PARAMS_MAX + 8,
+            max_str_len=TEXT_MAX * 4,
+            max_bin_len=STATE_MAX,
+        )
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as e:
+        raise PeerError(f"not a frame: {type(e).__name__}") from None
+    if type(items) is not tuple or not items or type(items[0]) is not int:
+        raise PeerError("not an array that starts with a tag")
+    kind = MESSAGES.get(items[0])
+    if kind is None:
+        raise PeerError(f"unknown tag {items[0]}")
+    values = items[1:]
+    if len(values) != len(kind.checks):
+        raise PeerError(f"{kind.__name__} with {len(values)} fields, expected {len(kind.checks)}")
+    for name, ok, value in zip(_FIELDS[kind], kind.checks, values, strict=True):
+        if not ok(value):
+            raise PeerError(f"{kind.__name__}.{name} out of range")
+    return kind(*values)
+
+
+class Sender(enum.Enum):
+    SUPERVISOR = "supervisor"
+    DEVICE = "device"
+
+
+Table = dict[tuple[str, Sender, type[Message]], str]
+
+_S, _D = Sender.SUPERVISOR, Sender.DEVICE
+
+ACCESS_TABLE: Final[Table] = {
+    ("idle", _S, Read): "reading",
+    ("reading", _D, Value): "idle",
+    ("idle", _S, Write): "idle",  # posted; a marked one goes to "writing", see Conversation.advance
+    ("writing", _D, Done): "idle",
+}
+
+_SERVING: Final[Table] = {
+    ("serving", _S, Ping): "pinged",
+    ("pinged", _D, Pong): "serving",
+    ("serving", _S, Save): "saving",
+    ("saving", _D, State): "serving",
+    ("serving", _S, Restore): "restoring",
+    ("restoring", _D, Done): "serving",
+    ("serving", _S, Stats): "counting",
+    ("counting", _D, Counters): "serving",
+}
+
+CONTROL_TABLE: Final[Table] = {
+    ("start", _D, Hello): "greeted",
+    ("greeted", _D, Ready): "serving",
+    **_SERVING,
+    **{(s, _D, Log): s for s in ("greeted", "serving", "pinged", "saving", "restoring", "counting", "stopping")},
+    **{(s, _D, Failed): "failed"
+       for s in ("start", "greeted", "serving", "pinged", "saving", "restoring", "counting", "stopping")},
+    **{(s, _S, Stop): "stopping" for s in ("greeted", "serving", "pinged", "saving", "restoring", "counting")},
+    # answers already on their way when Stop was sent
+    **{("stopping", _D, m): "stopping" for m in (Pong, State, Done, Counters)},
+}  # fmt: skip
+
+
+class Conversation:
+    """One channel's side of a transition table: which message may follow which.
+
+    Args:
+        table: ACCESS_TABLE or CONTROL_TABLE.
+        state: where it starts ("idle" or "start").
+        me: who is holding this object; a wrong message of ours is a WireError, of theirs a PeerError.
+    """
+
+    def __init__(self, table: Table, state: str, me: Sender) -> None:
+        self._table = table
+        self.state = state
+        self._me = me
+
+    def advance(self, sender: Sender, message: Message) -> None:
+        """Note that `sender` sent `message`.
+
+        Raises:
+            WireError: we may not send this now.
+            PeerError: the peer may not send this now.
+        """
+        after = self._table.get((self.state, sender, type(message)))
+        if after is None:
+            what = f"{type(message).__name__} in state {self.state}"
+            raise WireError(what) if sender is self._me else PeerError(f"unexpected {what}")
+        if isinstance(message, Write) and not message.posted:
+            after = "writing"
+        self.state = after
