@@ -27,9 +27,7 @@ PAGE_SIZE: Final = 4 * KIB
 GDT: Final = 0x500
 IDT: Final = 0x520
 ZERO_PAGE: Final = 0x7000
-BOOT_STACK: Final = (
-    0x8000  # grows down, so it shares the zero page's page: nothing is pushed before Linux runs
-)
+BOOT_STACK: Final = 0x8000  # grows down into the zero page, whose last 276 bytes are padding
 PML4: Final = 0x9000
 PDPT: Final = 0xA000
 PD: Final = 0xB000

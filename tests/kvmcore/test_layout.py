@@ -42,7 +42,7 @@ def test_nothing_in_the_layout_overlaps(mem_size):
 
 
 def test_gap_structures_are_inside_the_gap():
-    assert all(layout.GAP <= base and base + size <= layout.GAP_END for base, size in GAP_STRUCTURES)
+    assert all(base >= layout.GAP and base + size <= layout.GAP_END for base, size in GAP_STRUCTURES)
 
 
 def test_page_structures_are_page_aligned():
