@@ -1,0 +1,123 @@
+"""The io and mmio buses: who owns which address, kept free of overlaps and handed whole to the exit loop.
+
+A claim belongs to a device process (the exit loop talks to it without entering Python) or to a handler
+in the supervisor (rare: PCI configuration, the split interrupt chip).  What nobody claims floats: reads
+are all ones, writes vanish, both counted by the exit loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from devproc.wire import Space
+from kvmcore.errors import ConfigError
+from kvmcore.exitloop import Core, Route
+
+
+class Handler(Protocol):
+    """An owner inside the supervisor; offsets count from the claim's start, sizes are 1, 2, 4 or 8."""
+
+    def read(self, offset: int, size: int) -> int: ...
+    def write(self, offset: int, size: int, data: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class DeviceTarget:
+    """A device process: its number in the exit loop, and where in which of its spaces the claim starts."""
+
+    index: int
+    space: Space
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """[start, start + size) belongs to `owner`."""
+
+    start: int
+    size: int
+    owner: str
+    target: DeviceTarget | Handler
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+
+class Bus:
+    """One address space of `size` bytes: claims sorted by start, never overlapping."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+        self._claims: list[Claim] = []
+        self._starts: list[int] = []
+
+    def replace(self, owner: str, claims: Iterable[Claim]) -> None:
+        """Give `owner` these claims instead of all it had.
+
+        Raises:
+            ConfigError: out of the bus or overlapping another's; the bus is then as it was.
+        """
+        kept = [c for c in self._claims if c.owner != owner]
+        merged = sorted([*kept, *claims], key=lambda c: c.start)
+        for c in merged:
+            if c.size <= 0 or c.start < 0 or c.end > self.size:
+                raise ConfigError(f"{self.name} bus: {c.owner} at {c.start:#x}+{c.size:#x} is outside")
+        for a, b in itertools.pairwise(merged):
+            if a.end > b.start:
+                raise ConfigError(
+                    f"{self.name} bus: {a.owner} [{a.start:#x}, {a.end:#x}) overlaps "
+                    f"{b.owner} [{b.start:#x}, {b.end:#x})"
+                )
+        self._claims = merged
+        self._starts = [c.start for c in merged]
+
+    def insert(self, claim: Claim) -> None:
+        """Add one claim to its owner's.
+
+        Raises:
+            ConfigError: as `replace`.
+        """
+        self.replace(claim.owner, [*(c for c in self._claims if c.owner == claim.owner), claim])
+
+    def claims(self) -> tuple[Claim, ...]:
+        return tuple(self._claims)
+
+    def handler(self, addr: int) -> tuple[Handler, int]:
+        """The supervisor's own handler of `addr`, and the offset in its claim.
+
+        Raises:
+            LookupError: a device process or nobody owns it.
+        """
+        at = bisect_right(self._starts, addr) - 1
+        if at >= 0:
+            claim = self._claims[at]
+            if addr < claim.end and not isinstance(claim.target, DeviceTarget):
+                return claim.target, addr - claim.start
+        raise LookupError(f"{self.name} {addr:#x}")
+
+    def routes(self) -> list[Route]:
+        return [
+            Route.device(c.start, c.size, c.target.index, c.target.space, c.target.offset)
+            if isinstance(c.target, DeviceTarget)
+            else Route.python(c.start, c.size)
+            for c in self._claims
+        ]
+
+
+class Buses:
+    """Both buses of a machine, published to the exit loop together."""
+
+    def __init__(self, core: Core, io_size: int, mmio_size: int) -> None:
+        self._core = core
+        self.io = Bus("io", io_size)
+        self.mmio = Bus("mmio", mmio_size)
+
+    def publish(self) -> None:
+        """Swap the exit loop's table for what is claimed now."""
+        self._core.set_routes(self.io.routes(), self.mmio.routes())

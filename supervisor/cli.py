@@ -1,0 +1,234 @@
+"""The `vmsup` command: the only place that prints to the user and exits."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from kvmcore.errors import EXIT_CRASH, EXIT_USAGE, ConfigError, VmsupError
+from supervisor import config
+
+_EPILOG = """\
+exit codes: 0 the guest powered off, or the user stopped it; 32 the guest reset; 33 a device or vmsup
+crashed; 34 the guest panicked; 35 bad arguments or files; 130, 143 ended by SIGINT, SIGTERM (128 + signal).
+
+console: Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends Ctrl-A; everything else goes to the guest.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _arguments() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="vmsup",
+        description="A virtual machine monitor in which every device is a jailed process.",
+        allow_abbrev=False,
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    run = verbs.add_parser(
+        "run",
+        help="boot a guest",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = run.add_argument
+    add("kernel", nargs="?", metavar="KERNEL", help="a Linux bzImage, or an ELF vmlinux")
+    add("-c", "--cpus", type=int, metavar="N", help=f"vCPUs, 1 to {config.CPUS_MAX} [1]")
+    add("--cpu-affinity", metavar="CPUS", help="host CPUs of every vCPU (0-1), or of each (0=0:1=1)")
+    add("-m", "--mem", type=int, metavar="MIB", help="guest memory in MiB [256]")
+    add("-i", "--initrd", metavar="FILE", help="initial RAM disk")
+    add("-p", "--params", action="append", metavar="STR", help="more kernel command line; may be repeated")
+    add(
+        "--serial",
+        action="append",
+        metavar="KEY=VALUE,...",
+        help="a serial port: type=stdio|file|socket|pty|sink,num=1..4,path=,input=,console,earlycon "
+        "[type=stdio,num=1; the others sinks]",
+    )
+    add(
+        "--irqchip", choices=config.IRQCHIPS, help="PIC, IOAPIC and PIT in the kernel, or outside it [kernel]"
+    )
+    add(
+        "--pcie-ecam",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="memory-mapped PCI configuration [on]",
+    )
+    add("--android-fstab", metavar="FILE", help="fstab to hand to the guest in a device tree")
+    add("-s", "--socket", metavar="PATH", help="make a control socket there, for vmsup ps and vmsup stop")
+    add("--jail", action="store_const", const="full", help="jail every device process; this is the default")
+    add(
+        "--no-jail",
+        dest="jail",
+        action="store_const",
+        const="none",
+        help="run device processes without a jail",
+    )
+    add(
+        "--jail-mode",
+        dest="jail",
+        choices=config.JAILS,
+        help="best-effort: go on, with a warning, where a layer of the jail cannot be had",
+    )
+    add(
+        "--on-device-death",
+        choices=("stop",),
+        help="what the death of a device process does to the VM [stop]",
+    )
+    add(
+        "--device-timeout",
+        type=float,
+        metavar="S",
+        help=f"a device that takes longer to answer is dead [{config.DEVICE_TIMEOUT_S:g}]",
+    )
+    add("--config", metavar="FILE", help="a TOML file with the same keys; the command line wins")
+    add("-v", "--verbose", action="store_true", default=None, help="say what happens at each step")
+
+    doctor = verbs.add_parser(
+        "doctor", help="what this host offers: KVM, its extensions, the layers of the jail"
+    )
+    doctor.add_argument("--json", action="store_true", help="for machines")
+
+    for name, text in (("ps", "the device processes of a running VM"), ("stop", "end a running VM")):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("socket", metavar="SOCKET", help="what was given to vmsup run --socket")
+        if name == "ps":
+            verb.add_argument("--json", action="store_true", help="for machines")
+
+    device = verbs.add_parser("device", help="the catalogue of devices").add_subparsers(
+        dest="what", required=True
+    )
+    device.add_parser("list", help="every kind of device")
+    device.add_parser("show", help="the registers of one").add_argument("name", metavar="NAME")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command line and exit with its code; no traceback reaches the user."""
+    _ensure_standard_descriptors()
+    code = EXIT_CRASH
+    try:
+        _check_not_shadowed()
+        words = [w.replace("--jail=", "--jail-mode=") for w in (sys.argv[1:] if argv is None else argv)]
+        code = _dispatch(_arguments().parse_args(words))
+        sys.stdout.flush()
+    except VmsupError as e:
+        complain(str(e))
+        code = e.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else EXIT_CRASH
+    except Exception as e:
+        if os.environ.get("VMSUP_DEBUG"):
+            traceback.print_exc()
+        complain(f"internal error: {type(e).__name__}: {e} (VMSUP_DEBUG=1 shows where)")
+    sys.exit(code)
+
+
+def complain(line: str) -> None:
+    """One line on stderr, whatever state it is in."""
+    with contextlib.suppress(OSError, ValueError):
+        end = "\r\n" if sys.stderr.isatty() else "\n"
+        sys.stderr.write(f"vmsup: {' '.join(line.splitlines())}{end}")
+        sys.stderr.flush()
+
+
+def _ensure_standard_descriptors() -> None:
+    """A closed 0, 1 or 2 would be taken by the next open(), and a device or a file would get our messages."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Wrong way round on purpose: using it fails with EBADF, as a closed descriptor should.
+            os.open(os.devnull, os.O_WRONLY if fd == 0 else os.O_RDONLY)
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w", closefd=False))  # noqa: SIM115
+
+
+def _check_not_shadowed() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    if os.path.exists(os.path.join(here, "supervisord.py")):
+        raise VmsupError(
+            f"{here} also holds the distribution 'supervisor': install vmsup in an environment without it"
+        )
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    match args.verb:
+        case "run":
+            return _run(vars(args))
+        case "doctor":
+            from supervisor import doctor  # noqa: PLC0415 - only this verb needs it
+
+            report = doctor.examine()
+            print(json.dumps(report.as_json(), indent=2) if args.json else report.text())
+            return 0 if report.can_run else EXIT_CRASH
+        case "ps":
+            return _ps(args)
+        case "stop":
+            from supervisor import control  # noqa: PLC0415
+
+            control.ask(args.socket, "stop")
+            return 0
+        case "device":
+            return _device(args)
+    raise AssertionError(args.verb)
+
+
+def _run(options: dict[str, Any]) -> int:
+    from supervisor.launch import launch  # noqa: PLC0415 - the other verbs do not pay for it
+
+    del options["verb"]
+    how = launch(config.build(options), complain)
+    if how.line is not None:
+        complain(how.line)
+    return how.code
+
+
+def _ps(args: argparse.Namespace) -> int:
+    from supervisor import control, procstatus  # noqa: PLC0415
+
+    answer = control.ask(args.socket, "ps")
+    rows = []
+    for name, pid in answer["processes"]:
+        status = procstatus.ProcStatus.of(name, pid, answer["pid"])
+        if status is not None:
+            rows.append(status.as_json())
+    print(json.dumps(rows, indent=2) if args.json else procstatus.table(rows))
+    return 0
+
+
+def _device(args: argparse.Namespace) -> int:
+    from devproc.catalog import CATALOG  # noqa: PLC0415
+
+    if args.what == "list":
+        for entry in CATALOG.values():
+            print(f"{entry.name:12} {entry.summary}")
+        return 0
+    if args.name not in CATALOG:
+        raise ConfigError(f"device {args.name!r} is unknown, expected one of {', '.join(CATALOG)}")
+    # In a process of its own: this one must never load device code.
+    return subprocess.run([sys.executable, "-m", "devproc.show", args.name], check=False).returncode
+
+
+if __name__ == "__main__":
+    main()
+
+__all__ = ["EXIT_USAGE", "complain", "main"]

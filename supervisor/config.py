@@ -1,0 +1,236 @@
+"""What `vmsup run` was asked for, by command line and `--config vm.toml`, checked before anything starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmcore.errors import ConfigError
+from supervisor.keyvalue import Key, check_table, parse
+
+CPUS_MAX = 32
+MEM_MIB_MIN, MEM_MIB_MAX = 16, 1 << 20
+JAILS = ("full", "best-effort", "none")
+IRQCHIPS = ("kernel", "split")
+SERIAL_TYPES = ("stdio", "file", "socket", "pty", "sink")
+SERIAL_PORTS = 4
+DEVICE_TIMEOUT_S = 2.0
+
+SERIAL_KEYS = (
+    Key("type", choices=SERIAL_TYPES),
+    Key("num", int, 1, SERIAL_PORTS),
+    Key("path"),
+    Key("input"),
+    Key("console", bool),
+    Key("earlycon", bool),
+)
+
+
+@dataclass(frozen=True)
+class SerialConfig:
+    """One serial port: what it is connected to, and whether the kernel uses it as (early) console."""
+
+    num: int
+    type: str = "sink"
+    path: str | None = None
+    input: str | None = None
+    console: bool = False
+    earlycon: bool = False
+
+    @classmethod
+    def from_values(cls, where: str, values: Mapping[str, Any]) -> SerialConfig:
+        """A port from checked keys; what does not go together is refused.
+
+        Raises:
+            ConfigError: a path is missing, or given where there is none.
+        """
+        port = cls(**{"num": 1, **values})
+        if "type" not in values:
+            raise ConfigError(f"{where}: type is missing, expected one of {', '.join(SERIAL_TYPES)}")
+        if port.type in ("file", "socket") and port.path is None:
+            raise ConfigError(f"{where}: type={port.type} needs path=")
+        if port.type in ("stdio", "sink") and port.path is not None:
+            raise ConfigError(f"{where}: path= has no meaning for type={port.type}")
+        if port.input is not None and port.type not in ("file", "sink"):
+            raise ConfigError(f"{where}: input= goes with type=file and type=sink")
+        return port
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `vmsup run` needs; memory in MiB, times in seconds, affinity as vCPU -> host CPUs."""
+
+    kernel: str
+    cpus: int = 1
+    cpu_affinity: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    mem: int = 256
+    initrd: str | None = None
+    params: tuple[str, ...] = ()
+    serial: tuple[SerialConfig, ...] = ()
+    irqchip: str = "kernel"
+    pcie_ecam: bool = True
+    android_fstab: str | None = None
+    socket: str | None = None
+    jail: str = "full"
+    on_device_death: str = "stop"
+    device_timeout: float = DEVICE_TIMEOUT_S
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cpus <= CPUS_MAX:
+            raise ConfigError(f"--cpus: expected 1 to {CPUS_MAX}, not {self.cpus}")
+        if not MEM_MIB_MIN <= self.mem <= MEM_MIB_MAX:
+            raise ConfigError(f"--mem: expected {MEM_MIB_MIN} to {MEM_MIB_MAX} MiB, not {self.mem}")
+        if not 0.05 <= self.device_timeout <= 3600:
+            raise ConfigError(f"--device-timeout: expected 0.05 to 3600 seconds, not {self.device_timeout}")
+        for vcpu in self.cpu_affinity:
+            if vcpu >= self.cpus:
+                raise ConfigError(f"--cpu-affinity: there is no vCPU {vcpu}, --cpus is {self.cpus}")
+        nums = [s.num for s in self.serial]
+        for num in nums:
+            if nums.count(num) > 1:
+                raise ConfigError(f"--serial: num={num} given twice")
+        if sum(s.type == "stdio" for s in self.serial) > 1:
+            raise ConfigError("--serial: type=stdio given twice, there is one standard input")
+        if sum(s.console for s in self.serial) > 1:
+            raise ConfigError("--serial: console given twice, the kernel has one")
+
+    def serial_ports(self) -> tuple[SerialConfig, ...]:
+        """All four ports: COM1 on stdio unless told otherwise, the rest sinks."""
+        given = {s.num: s for s in self.serial}
+        stdio_free = not any(s.type == "stdio" for s in self.serial)
+        first = SerialConfig(1, "stdio" if stdio_free else "sink")
+        return tuple(given.get(n, first if n == 1 else SerialConfig(n)) for n in range(1, SERIAL_PORTS + 1))
+
+    def command_line(self, serial_bases: Sequence[int]) -> str:
+        """The kernel command line: console and reboot defaults, then every --params in order."""
+        ports = self.serial_ports()
+        console = next(
+            (s for s in ports if s.console), next((s for s in ports if s.type == "stdio"), ports[0])
+        )
+        words = [f"console=ttyS{console.num - 1}"]
+        words += [f"earlycon=uart8250,io,{serial_bases[s.num - 1]:#x}" for s in ports if s.earlycon]
+        return " ".join([*words, "reboot=k", "panic=-1", *self.params])
+
+
+def parse_cpu_list(where: str, text: str) -> frozenset[int]:
+    """`0,2-3` as a set of CPU numbers.
+
+    Raises:
+        ConfigError: it is not such a list.
+    """
+    cpus: set[int] = set()
+    for part in text.split(","):
+        m = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        if m is None or (m[2] and int(m[2]) < int(m[1])):
+            raise ConfigError(f"{where}: expected CPUs like 0,2-3, not {text!r}")
+        cpus.update(range(int(m[1]), int(m[2] or m[1]) + 1))
+    missing = cpus - os.sched_getaffinity(0)
+    if missing:
+        raise ConfigError(f"{where}: this host has no CPU {min(missing)} for us")
+    return frozenset(cpus)
+
+
+def parse_affinity(text: str, cpus: int) -> dict[int, frozenset[int]]:
+    """crosvm's two forms: `0-1` for every vCPU, or `0=0:1=1,3` per vCPU.
+
+    Raises:
+        ConfigError: neither form.
+    """
+    where = "--cpu-affinity"
+    if "=" not in text:
+        one = parse_cpu_list(where, text)
+        return dict.fromkeys(range(cpus), one)
+    result: dict[int, frozenset[int]] = {}
+    for part in text.split(":"):
+        vcpu, eq, rest = part.partition("=")
+        if not eq or not vcpu.isdecimal() or int(vcpu) in result:
+            raise ConfigError(f"{where}: expected VCPU=CPUS:VCPU=CPUS, not {text!r}")
+        result[int(vcpu)] = parse_cpu_list(where, rest)
+    return result
+
+
+# The keys that --config takes: the long options' own names.
+_SCALARS = (
+    Key("kernel"),
+    Key("cpus", int, 1, CPUS_MAX),
+    Key("cpu-affinity"),
+    Key("mem", int, MEM_MIB_MIN, MEM_MIB_MAX),
+    Key("initrd"),
+    Key("irqchip", choices=IRQCHIPS),
+    Key("pcie-ecam", bool),
+    Key("android-fstab"),
+    Key("socket"),
+    Key("jail", choices=JAILS),
+    Key("on-device-death", choices=("stop",)),
+    Key("verbose", bool),
+)
+_LISTS = ("params", "serial")
+_FLOATS = ("device-timeout",)
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The settings of a TOML file, keys as RunConfig's fields.
+
+    Raises:
+        ConfigError: unreadable, not TOML, or a key or value that does not belong.
+    """
+    where = f"--config {path}"
+    try:
+        with open(path, "rb") as f:
+            table = tomllib.load(f)
+    except OSError as e:
+        raise ConfigError(f"{where}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{where}: not TOML: {e}") from None
+    lists = {k: table.pop(k) for k in _LISTS if k in table}
+    floats = {k: table.pop(k) for k in _FLOATS if k in table}
+    known = ", ".join([*(k.name for k in _SCALARS), *_LISTS, *_FLOATS])
+    for name in table:
+        if name not in {k.name for k in _SCALARS}:
+            raise ConfigError(f"{where}: unknown key {name!r}, expected one of {known}")
+    result: dict[str, Any] = check_table(where, _SCALARS, table)
+    for name, value in floats.items():
+        if type(value) not in (int, float):
+            raise ConfigError(f"{where}: {name}: expected seconds, not {value!r}")
+        result[name] = float(value)
+    if "params" in lists:
+        if not isinstance(lists["params"], list) or not all(isinstance(p, str) for p in lists["params"]):
+            raise ConfigError(f"{where}: params: expected a list of strings")
+        result["params"] = tuple(lists["params"])
+    if "serial" in lists:
+        if not isinstance(lists["serial"], list) or not all(isinstance(t, dict) for t in lists["serial"]):
+            raise ConfigError(f"{where}: serial: expected a list of tables")
+        result["serial"] = tuple(
+            SerialConfig.from_values(f"{where}: serial", check_table(f"{where}: serial", SERIAL_KEYS, t))
+            for t in lists["serial"]
+        )
+    return {name.replace("-", "_"): value for name, value in result.items()}
+
+
+def build(options: Mapping[str, Any]) -> RunConfig:
+    """The configuration from command-line `options` (None: not given) over the file named by `config`.
+
+    Lists of the file come first, then the command line's; of single values the command line's wins.
+
+    Raises:
+        ConfigError: anything that cannot be used.
+    """
+    given = {k: v for k, v in options.items() if v is not None and k != "config"}
+    settings = read_file(options["config"]) if options.get("config") else {}
+    given["serial"] = tuple(
+        SerialConfig.from_values("--serial", parse("--serial", SERIAL_KEYS, text))
+        for text in given.get("serial", ())
+    )
+    for name in _LISTS:
+        given[name] = (*settings.get(name, ()), *given.get(name, ()))
+    settings |= given
+    if "kernel" not in settings:
+        raise ConfigError("KERNEL is missing: expected the path of a bzImage or vmlinux")
+    if isinstance(settings.get("cpu_affinity"), str):
+        settings["cpu_affinity"] = parse_affinity(settings["cpu_affinity"], settings.get("cpus", 1))
+    return RunConfig(**settings)

@@ -1,0 +1,123 @@
+"""The control socket of a running VM: one JSON request line, one JSON answer line, over a unix stream socket.
+
+Requests are `{"do": "ps"}` and `{"do": "stop"}`; an answer has "error" or the result's own keys.  The
+socket's mode, 0600, decides who may connect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvmcore.errors import ConfigError
+from supervisor.janitor import Janitor
+
+_REQUEST_MAX = 4096
+_ANSWER_MAX = 1 << 20
+_CLIENTS_MAX = 8
+_TIMEOUT_S = 5.0
+
+Verb = Callable[[], dict[str, Any]]
+
+
+class ControlServer:
+    """The VM's end.
+
+    Args:
+        path: where to make the socket; must not exist.
+        verbs: what can be asked for.
+
+    Raises:
+        ConfigError: the socket cannot be made there.
+    """
+
+    def __init__(self, path: str, verbs: Mapping[str, Verb], janitor: Janitor) -> None:
+        self._verbs = verbs
+        self._clients: dict[int, tuple[socket.socket, bytearray]] = {}
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        before = os.umask(0o177)
+        try:
+            self._listener.bind(path)
+        except OSError as e:
+            self._listener.close()
+            raise ConfigError(f"--socket {path}: {e.strerror or e}") from None
+        finally:
+            os.umask(before)
+        janitor.unlink(path)
+        self._listener.listen(_CLIENTS_MAX)
+
+    def wants(self) -> dict[int, int]:
+        """Descriptor -> poll events, for the run loop."""
+        wanted = dict.fromkeys(self._clients, select.POLLIN)
+        if len(self._clients) < _CLIENTS_MAX:
+            wanted[self._listener.fileno()] = select.POLLIN
+        return wanted
+
+    def ready(self, fd: int, got: int) -> None:
+        """Accept, or take more of a request; a whole one is answered and its client closed."""
+        if fd == self._listener.fileno():
+            with contextlib.suppress(OSError):
+                client, _ = self._listener.accept()
+                client.setblocking(False)
+                self._clients[client.fileno()] = client, bytearray()
+            return
+        client, request = self._clients[fd]
+        try:
+            data = client.recv(_REQUEST_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        request += data
+        if data and b"\n" not in request and len(request) <= _REQUEST_MAX:
+            return
+        del self._clients[fd]
+        with client:
+            if b"\n" in request:
+                with contextlib.suppress(OSError):
+                    client.sendall(json.dumps(self._answer(bytes(request))).encode() + b"\n")
+
+    def _answer(self, request: bytes) -> dict[str, Any]:
+        try:
+            verb = json.loads(request.split(b"\n")[0])["do"]
+            do = self._verbs[verb]
+        except (ValueError, LookupError, TypeError):
+            return {"error": f"expected {{'do': one of {', '.join(self._verbs)}}}"}
+        return do()
+
+    def close(self) -> None:
+        self._listener.close()
+        for client, _ in self._clients.values():
+            client.close()
+
+
+def ask(path: str, verb: str) -> dict[str, Any]:
+    """What the VM at socket `path` answers to `verb`.
+
+    Raises:
+        ConfigError: nobody answers there, or not as a VM does.
+    """
+    where = f"socket {path}"
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+            s.settimeout(_TIMEOUT_S)
+            s.connect(path)
+            s.sendall(json.dumps({"do": verb}).encode() + b"\n")
+            answer = bytearray()
+            while (data := s.recv(65536)) and len(answer) < _ANSWER_MAX:
+                answer += data
+        result = json.loads(answer)
+    except TimeoutError:
+        raise ConfigError(f"{where}: no answer for {_TIMEOUT_S:g} s") from None
+    except OSError as e:
+        raise ConfigError(f"{where}: {e.strerror or e}") from None
+    except ValueError:
+        raise ConfigError(f"{where}: what answers there is not a vmsup") from None
+    if not isinstance(result, dict) or "error" in result:
+        raise ConfigError(f"{where}: {result.get('error') if isinstance(result, dict) else 'not an answer'}")
+    return result

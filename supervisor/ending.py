@@ -1,0 +1,31 @@
+"""How a VM ended: the exit code and the one line that says why (DESIGN section 10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmcore import errors
+
+
+@dataclass(frozen=True)
+class Ending:
+    """`line` is for stderr; None when there is nothing to say."""
+
+    code: int
+    line: str | None = None
+
+
+POWEROFF = Ending(errors.EXIT_POWEROFF)
+STOPPED = Ending(errors.EXIT_POWEROFF, "stopped by the user")
+RESET = Ending(errors.EXIT_RESET, "the guest asked for a reset")
+TRIPLE_FAULT = Ending(errors.EXIT_RESET, "the guest reset itself by a triple fault")
+PANIC = Ending(errors.EXIT_PANIC, "the guest panicked")
+
+
+def crash(line: str) -> Ending:
+    return Ending(errors.EXIT_CRASH, line)
+
+
+def by_signal(number: int, name: str) -> Ending:
+    """The shell's convention: 128 + the signal's number."""
+    return Ending(128 + number, f"ended by {name}")

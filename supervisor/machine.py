@@ -1,0 +1,89 @@
+"""What sits where: the devices of the machine, their ports, interrupt lines and parameters (DESIGN 4).
+
+Data, and the functions of the configuration that choose it; nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from devproc.catalog import CATALOG, Entry
+from devproc.wire import Scalar, Space
+from supervisor.config import RunConfig
+
+SERIAL_BASES: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
+SERIAL_GSIS: Final = (4, 3, 4, 3)
+PIT_GSI: Final = 0
+RTC_GSI: Final = 8
+SCI_GSI: Final = 9
+I8042_BASE: Final = 0x60
+PORT_B: Final = 0x61  # one owner: KVM's PIT or the pit process, the i8042 process has the ports around it
+PIT_BASE: Final = 0x40
+RTC_BASE: Final = 0x70
+PCI_CONFIG_BASE: Final = 0xCF8
+ACPI_PM_BASE: Final = 0x600
+PVPANIC_BASE: Final = 0x505
+PIC_BASES: Final = (0x20, 0xA0)
+ELCR_BASE: Final = 0x4D0
+IOAPIC_PINS: Final = 24
+BUS_SIZE: Final = 1 << 16  # io ports
+
+
+@dataclass(frozen=True)
+class Placement:
+    """[base, base + size) on the io bus goes to `space` of the device, starting at `offset`."""
+
+    base: int
+    size: int
+    space: Space
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One device process: instance name, kind, io ports, the line its irq descriptor drives, parameters."""
+
+    name: str
+    entry: Entry
+    ports: tuple[Placement, ...] = ()
+    gsi: int | None = None
+    params: tuple[Scalar, ...] = ()
+    pci_slot: int | None = None  # bus 0, function 0 of this device number
+    serial_num: int | None = None
+
+
+def instances(config: RunConfig, mem_below_4g: int, mem_above_4g: int) -> tuple[Instance, ...]:
+    """Every device of the machine that `config` describes; sizes in bytes."""
+    split = config.irqchip == "split"
+    devices = [
+        Instance(
+            f"serial{n}",
+            CATALOG["serial"],
+            (Placement(SERIAL_BASES[n - 1], 8, Space.PORT),),
+            gsi=SERIAL_GSIS[n - 1],
+            serial_num=n,
+        )
+        for n in range(1, 5)
+    ]
+    devices.append(
+        Instance(
+            "rtc",
+            CATALOG["rtc"],
+            (Placement(RTC_BASE, 2, Space.PORT),),
+            gsi=RTC_GSI,
+            params=(mem_below_4g, mem_above_4g),
+        )
+    )
+    keyboard = Placement(I8042_BASE, 5, Space.PORT)
+    around = (Placement(I8042_BASE, 1, Space.PORT), Placement(I8042_BASE + 2, 3, Space.PORT, 2))
+    devices.append(Instance("i8042", CATALOG["i8042"], around if split else (keyboard,)))
+    if split:
+        timer = (Placement(PIT_BASE, 4, Space.PORT), Placement(PORT_B, 1, Space.PORT2))
+        devices.append(Instance("pit", CATALOG["pit"], timer, gsi=PIT_GSI))
+    devices += [
+        Instance("acpi-pm", CATALOG["acpi-pm"], (Placement(ACPI_PM_BASE, 16, Space.PORT),), gsi=SCI_GSI),
+        Instance("pvpanic", CATALOG["pvpanic"], (Placement(PVPANIC_BASE, 1, Space.PORT),)),
+        Instance("pci-host", CATALOG["pci-host"], pci_slot=0),
+    ]
+    return tuple(devices)

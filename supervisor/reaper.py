@@ -1,0 +1,51 @@
+"""Which child is which, and what became of it: pid to name to cause."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+
+from kvmcore.errors import VmsupError
+
+
+class DeviceDied(VmsupError):
+    """A device process is gone or useless: `name` and, in one phrase, why."""
+
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(f"{name}: {cause}")
+        self.name = name
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What waitid said of a child; `over`: it is gone (and not merely stopped)."""
+
+    pid: int
+    over: bool
+    cause: str
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def collect(options: int = os.WNOHANG) -> Fate | None:
+    """The next child that ended or was stopped; None when there is none now (or no child at all)."""
+    try:
+        info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | options)
+    except ChildProcessError:
+        return None
+    if info is None:
+        return None
+    match info.si_code:
+        case os.CLD_EXITED:
+            return Fate(info.si_pid, True, f"exited with status {info.si_status}")
+        case os.CLD_STOPPED:
+            return Fate(info.si_pid, False, f"stopped by {_signal_name(info.si_status)}")
+        case _:
+            return Fate(info.si_pid, True, f"killed by {_signal_name(info.si_status)}")
