@@ -31,9 +31,7 @@ BOOT_STACK: Final = 0x8000  # grows down into the zero page, whose last 276 byte
 PML4: Final = 0x9000
 PDPT: Final = 0xA000
 PD: Final = 0xB000
-IDENTITY_MAPPED: Final = (
-    GIB  # what the boot page tables map; kernel, zero page and command line must be inside
-)
+IDENTITY_MAPPED: Final = GIB  # by the boot page tables; kernel, zero page and command line must be inside
 CMDLINE: Final = 0x20000
 EBDA: Final = 0x9FC00  # also the end of the first RAM entry
 
