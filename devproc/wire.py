@@ -268,7 +268,10 @@ class Spawned(Message):
 
 @dataclass(frozen=True, slots=True)
 class Listener(Message):
-    """Device to supervisor on the spawn channel, with one descriptor: the seccomp violation listener."""
+    """Device to supervisor, between `Hello` and `Ready`, with one descriptor: the seccomp listener.
+
+    The only message of a device that carries a descriptor; a device without a filter never sends it.
+    """
 
     tag = 34
     checks = ()
@@ -305,7 +308,10 @@ def encode(message: Message, limit: int = CONTROL_FRAME_MAX) -> bytes:
     values = [getattr(message, name) for name in _FIELDS[kind]]
     if not all(ok(v) for ok, v in zip(kind.checks, values, strict=True)):
         raise WireError(f"not sendable: {message!r:.200}")
-    frame: bytes = msgpack.packb([kind.tag, *values], use_bin_type=True)
+    try:
+        frame: bytes = msgpack.packb([kind.tag, *values], use_bin_type=True)
+    except (ValueError, TypeError, OverflowError) as e:  # big int in a tuple, lone surrogate
+        raise WireError(f"not sendable: {message!r:.200}: {e}") from None
     if len(frame) > limit:
         raise WireError(f"{kind.__name__} frame of {len(frame)} bytes, at most {limit}")
     return frame
@@ -352,9 +358,57 @@ def decode(frame: bytes, limit: int = CONTROL_FRAME_MAX) -> Message:
     return kind(*values)
 
 
+_READ_TYPES: Final = [int, int, int, int]
+_WRITE_TYPES: Final = [int, int, int, int, int, bool]
+_pack = msgpack.Packer().pack
+
+DONE_FRAME: Final = encode(Done())
+
+
+def decode_access(frame: bytes) -> tuple[int, ...]:
+    """`decode` for the device's end of an access channel, where every microsecond is the guest's.
+
+    Returns:
+        (space, offset, size) of a Read, or (space, offset, size, data, posted) of a Write.
+
+    Raises:
+        PeerError: for any other bytes.
+    """
+    if len(frame) > ACCESS_FRAME_MAX:
+        raise PeerError(f"frame of more than {ACCESS_FRAME_MAX} bytes")
+    try:
+        items = msgpack.unpackb(frame, use_list=False)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as e:
+        raise PeerError(f"not a frame: {type(e).__name__}") from None
+    if type(items) is tuple:
+        types = list(map(type, items))
+        if types == _READ_TYPES:
+            tag, space, offset, size = items
+            if tag == 1 and 0 <= space <= 8 and offset >= 0 and size in SIZES:
+                return space, offset, size
+        elif types == _WRITE_TYPES:
+            tag, space, offset, size, data, posted = items
+            if tag == 2 and 0 <= space <= 8 and offset >= 0 and size in SIZES and data >= 0:
+                return space, offset, size, data, posted
+    raise PeerError("neither a Read nor a Write")
+
+
+def encode_value(value: int, size: int) -> bytes:
+    """The frame of `Value(value)` in answer to a read of `size` bytes.
+
+    Raises:
+        WireError: `value` does not fit.
+    """
+    if type(value) is not int or value >> (8 * size):  # a negative value never shifts down to 0
+        raise WireError(f"a read of {size} bytes gave {value!r:.40}")
+    frame: bytes = _pack((3, value))
+    return frame
+
+
 class Sender(enum.Enum):
     SUPERVISOR = "supervisor"
     DEVICE = "device"
+    ZYGOTE = "zygote"
 
 
 Table = dict[tuple[str, Sender, type[Message]], str]
@@ -379,24 +433,33 @@ _SERVING: Final[Table] = {
     ("counting", _D, Counters): "serving",
 }
 
+_SPEAKING: Final = ("greeted", "sealed", "serving", "pinged", "saving", "restoring", "counting")
+
 CONTROL_TABLE: Final[Table] = {
     ("start", _D, Hello): "greeted",
-    ("greeted", _D, Ready): "serving",
+    ("greeted", _D, Listener): "sealed",
+    ("sealed", _D, Ready): "serving",
+    ("greeted", _D, Ready): "serving",  # without a filter: only where the jail mode is not "full"
     **_SERVING,
-    **{(s, _D, Log): s for s in ("greeted", "serving", "pinged", "saving", "restoring", "counting", "stopping")},
-    **{(s, _D, Failed): "failed"
-       for s in ("start", "greeted", "serving", "pinged", "saving", "restoring", "counting", "stopping")},
-    **{(s, _S, Stop): "stopping" for s in ("greeted", "serving", "pinged", "saving", "restoring", "counting")},
+    **{(s, _D, Log): s for s in (*_SPEAKING, "stopping")},
+    **{(s, _D, Failed): "failed" for s in ("start", *_SPEAKING, "stopping")},
+    **{(s, _S, Stop): "stopping" for s in _SPEAKING},
     # answers already on their way when Stop was sent
-    **{("stopping", _D, m): "stopping" for m in (Pong, State, Done, Counters)},
-}  # fmt: skip
+    **{("stopping", _D, m): "stopping" for m in (Listener, Ready, Pong, State, Done, Counters)},
+}
+
+SPAWN_TABLE: Final[Table] = {
+    ("idle", _S, Spawn): "spawning",
+    ("spawning", Sender.ZYGOTE, Spawned): "idle",
+    ("spawning", Sender.ZYGOTE, Failed): "idle",
+}
 
 
 class Conversation:
     """One channel's side of a transition table: which message may follow which.
 
     Args:
-        table: ACCESS_TABLE or CONTROL_TABLE.
+        table: ACCESS_TABLE, CONTROL_TABLE or SPAWN_TABLE.
         state: where it starts ("idle" or "start").
         me: who is holding this object; a wrong message of ours is a WireError, of theirs a PeerError.
     """

@@ -1,0 +1,271 @@
+"""A device process: builds the model's ports, seals itself, and serves until a channel closes.
+
+Left out: the mailbox, which will carry the same messages for the hot spaces (DESIGN section 6).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn
+
+from devproc import jail, regs
+from devproc.backends.input import Input
+from devproc.backends.output import WRITE_MAX, Output
+from devproc.backends.signal import Signal
+from devproc.catalog import FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, Entry
+from devproc.channel import Channel, ChannelClosed
+from devproc.ports import Device
+from devproc.wire import (
+    ACCESS_FRAME_MAX,
+    CONTROL_TABLE,
+    DONE_FRAME,
+    TEXT_MAX,
+    VERSION,
+    Counters,
+    Done,
+    Failed,
+    Hello,
+    Log,
+    Message,
+    PeerError,
+    Ping,
+    Pong,
+    Ready,
+    Restore,
+    Save,
+    Sender,
+    State,
+    Stats,
+    Stop,
+    WireError,
+    decode,
+    decode_access,
+    encode,
+    encode_value,
+)
+
+_BURST: Final = 64  # posted writes taken in a row before the other descriptors get their turn
+_LINGER_S: Final = 1.0  # how long Stop waits for the host to take what the guest has sent
+_LOG_MAX: Final = 4096  # a pipe takes this in one piece
+
+
+class OutputFailed(Exception):
+    """The host no longer takes the device's output."""
+
+
+def load(entry: Entry) -> type[Any]:
+    """Import the device's model, a class that makes a `ports.Device`; raises what the import raises."""
+    model: type[Any] = getattr(importlib.import_module(entry.module), entry.model)
+    return model
+
+
+def warm_up() -> None:
+    """Run what Python would import or open only later, when neither is possible any more."""
+    try:
+        raise ValueError
+    except ValueError:
+        traceback.format_exc()
+    decode(encode(Hello(VERSION, "")))
+    select.select([], [], [], 0)
+
+
+def main(ctx: jail.Context, model: type[Any], name: str, params: dict[str, int]) -> NoReturn:
+    """The device process, from the moment it is the supervisor's child; leaves by `os._exit`."""
+    status = 1
+    control: Channel | None = None
+    try:
+        # A posted write then does not take the CPU from the vCPU that sent it.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        jail.title(name)
+        steps = iter(jail.plan(ctx.mode, "device"))
+        jail.enter([next(steps)], ctx)  # "descriptors"
+        control = ctx.control = Channel(
+            socket.socket(fileno=FD_CONTROL), CONTROL_TABLE, "start", Sender.DEVICE, Sender.SUPERVISOR
+        )
+        access = socket.socket(fileno=FD_ACCESS)
+        control.send(Hello(VERSION, ctx.entry.name))
+        ready = Ready(regs.digest(model))
+        server = Server(ctx.entry, model, params, access, control)
+        server.warm_up()
+        jail.enter(steps, ctx)
+        for level, text in ctx.notes:
+            control.send(Log(level, text[:TEXT_MAX]))
+        control.send(ready)
+        server.serve()
+        status = 0
+    except ChannelClosed:
+        status = 0
+    except jail.JailError as e:
+        _fail(control, str(e))
+    except OutputFailed as e:
+        _fail(control, f"cannot write output: {e}")
+    except PeerError as e:
+        _fail(control, f"the supervisor broke the protocol: {e}")
+    except BaseException as e:
+        _log(traceback.format_exc())
+        _fail(control, f"{type(e).__name__}: {e}")
+    finally:
+        os._exit(status)
+
+
+def _log(text: str) -> None:
+    os.write(FD_LOG, text.encode(errors="replace")[-_LOG_MAX:])
+
+
+def _fail(control: Channel | None, why: str) -> None:
+    if control is None:
+        _log(why + "\n")
+        return
+    control.sock.setblocking(False)  # a supervisor that does not read must not keep us alive
+    control.send(Failed(why[:TEXT_MAX]))
+
+
+class Server:
+    """The loop around one device model.
+
+    Args:
+        entry: its kind: which descriptors become which ports, how long each register space is.
+        model: the class, called with ports, clocks and parameters by keyword.
+        params: the parameters by name.
+        access, control: the two channels.
+        first: the descriptor number of the entry's first descriptor.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        model: type[Any],
+        params: dict[str, int],
+        access: socket.socket,
+        control: Channel,
+        first: int = FD_FIRST,
+    ) -> None:
+        self._access = access
+        self._control = control
+        self._input: Input | None = None
+        self._output: Output | None = None
+        self._sizes = {int(r.space): r.size for r in entry.regions}
+        ports: dict[str, Any] = dict(params)
+        for fd, d in enumerate(entry.descriptors, first):
+            if d.kind == "signal":
+                ports[d.name] = Signal(fd)
+            elif d.kind == "input":
+                ports[d.name] = self._input = Input(fd)
+            else:
+                ports[d.name] = self._output = Output(fd)
+        clocks = {"clock": time.monotonic_ns, "wall": time.time_ns}
+        self.device: Device = model(**ports, **{c: clocks[c] for c in entry.clocks})
+
+    def warm_up(self) -> None:
+        """Run what has no effect and what later runs sealed, so that it is imported and allocated."""
+        warm_up()
+        self.device.restore(self.device.save())
+        self.device.counters()
+
+    def serve(self) -> None:
+        """Serve until `Stop`.
+
+        Raises:
+            ChannelClosed: the supervisor closed a channel, or died.
+            PeerError: it sent what the protocol does not allow.
+            OutputFailed: the host no longer takes output.
+            Exception: whatever a model raises is our bug.
+        """
+        device, output = self.device, self._output
+        access, control = self._access.fileno(), self._control.fileno()
+        while True:
+            due = device.deadline_ns
+            timeout = None
+            if due is not None:
+                now = time.monotonic_ns()
+                if now >= due:
+                    device.on_deadline(now)
+                    due = device.deadline_ns
+                timeout = None if due is None else max(0, due - now) / 1e9
+            readers = [access, control]
+            source = self._input
+            if source is not None and not source.closed and device.wants_input:
+                readers.append(source.fd)
+            writers = [output.fd] if output is not None and output.pending else []
+
+            readable, writable, _ = select.select(readers, writers, [], timeout)
+            if access in readable:
+                self._serve_accesses()
+            if writable and output is not None and (access not in readable or output.pending >= WRITE_MAX):
+                # While accesses keep coming a console's bytes are gathered: a write costs as much as one.
+                self._flush(output)
+            if source is not None and source.fd in readable:
+                source.ready = True
+                device.on_input()
+            if control in readable:
+                message = self._control.recv()
+                if isinstance(message, Stop):
+                    self._drain()
+                    return
+                self._control.send(self._answer(message))
+
+    def _serve_accesses(self) -> None:
+        device, sizes = self.device, self._sizes
+        recv, send = self._access.recv, self._access.send
+        frame = recv(ACCESS_FRAME_MAX + 1)
+        for _ in range(_BURST):
+            if not frame:
+                raise ChannelClosed
+            space, offset, size, *write = decode_access(frame)
+            if offset + size > sizes.get(space, 0):
+                raise PeerError(f"no register at {offset:#x} of space {space}")
+            if not write:
+                send(encode_value(device.read(space, offset, size), size))
+                return
+            data, posted = write
+            device.write(space, offset, size, data)
+            if not posted:
+                send(DONE_FRAME)
+                return
+            try:  # posted writes come in rows
+                frame = recv(ACCESS_FRAME_MAX + 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+
+    def _flush(self, output: Output) -> None:
+        full = not output.room
+        try:
+            output.flush()
+        except OSError as e:
+            raise OutputFailed(e.strerror) from e
+        if full and output.room:
+            self.device.on_output()
+
+    def _drain(self) -> None:
+        output = self._output
+        until = time.monotonic() + _LINGER_S
+        while output is not None and output.pending and (left := until - time.monotonic()) > 0:
+            if select.select([], [output.fd], [], left)[1]:
+                self._flush(output)
+
+    def _answer(self, message: Message) -> Message:
+        match message:
+            case Ping(token):
+                return Pong(token)
+            case Save():
+                return State(self.device.save())
+            case Restore(state):
+                try:
+                    self.device.restore(state)
+                except ValueError as e:
+                    return Failed(f"restore: {e}"[:TEXT_MAX])
+                return Done()
+            case Stats():
+                return Counters(tuple(self._counters()))
+        raise WireError(f"the table lets {type(message).__name__} through")
+
+    def _counters(self) -> Iterator[str | int]:
+        for name, count in self.device.counters().items():
+            yield name
+            yield count

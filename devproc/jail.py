@@ -1,0 +1,301 @@
+"""The jail of a device process: a list of steps that can be read before they run (DESIGN section 8).
+
+Spec: user_namespaces(7), pid_namespaces(7), pivot_root(2), capabilities(7), prctl(2), getrlimit(2),
+landlock(7), seccomp(2), seccomp_unotify(2).  Two processes walk the list: the *launcher*, which the zygote
+forks, and the *device*, which the launcher forks because only a child enters a new pid namespace.  Left out:
+cgroups, which need a delegation that an ordinary user may not have.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import fcntl
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import prctl
+
+from devproc import syscalls
+from devproc.catalog import FD_FIRST, FD_LOG, Entry
+from devproc.channel import Channel
+from devproc.wire import Listener
+
+INSIDE_ID: Final = 1  # the only uid and gid that exist in the jail; not 0, so nothing there is ever "root"
+SETUP_CALLS: Final = ("seccomp", "sendmsg", "close", "prlimit64")
+"""What the first filter lets through beyond the policy, for the step that loads the second."""
+
+_NAMESPACES: Final = (
+    syscalls.CLONE_NEWUSER
+    | syscalls.CLONE_NEWPID
+    | syscalls.CLONE_NEWNS
+    | syscalls.CLONE_NEWNET
+    | syscalls.CLONE_NEWIPC
+    | syscalls.CLONE_NEWUTS
+    | syscalls.CLONE_NEWCGROUP
+)
+# capabilities(7): NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE, each with its lock, and KEEP_CAPS' lock.
+_SECUREBITS: Final = 0x03 | 0x0C | 0x20 | 0xC0
+_NEW_ROOT: Final = "/proc"  # where the empty root is mounted: any directory every host has
+_FD_SCRATCH: Final = 512  # above every slot, below the usual soft limit of 1024
+_FD_MAX: Final = 0xFFFF_FFFF
+
+
+class Mode(enum.Enum):
+    """How much of the jail is asked for; no mode ever slides into another by itself."""
+
+    FULL = "full"  # every step, or no device
+    BEST_EFFORT = "best-effort"  # a step that fails is a warning
+    NONE = "none"  # a process of its own, and that is all
+
+
+class JailError(Exception):
+    """A step of the jail failed."""
+
+    def __init__(self, step: str, cause: OSError | str) -> None:
+        if isinstance(cause, OSError):
+            path = f" ({cause.filename})" if cause.filename else ""
+            cause = f"{cause.strerror or cause}{path}"
+        super().__init__(f"jail: {step}: {cause}")
+        self.step = step
+
+
+class NotOffered(Exception):
+    """This kernel lacks the layer; it is recorded, and the other layers stand."""
+
+
+@dataclass
+class Context:
+    """What the steps of one device process work on.
+
+    Attributes:
+        entry: the device's kind.
+        mode: how much jail.
+        fds: the descriptors of slots 2.., wherever they are now.
+        filters: the two seccomp programs, `policies.compile.compile_notify`; None in mode "none".
+        map_ids: launcher only: has the ids of the new user namespace mapped from outside, or raises OSError.
+        control: device only: the control channel, once the slots are filled.
+        namespaced: whether "namespaces" succeeded; steps that would otherwise act on the host ask.
+        notes: (logging level, text) of what did not go as asked, for the control channel.
+    """
+
+    entry: Entry
+    mode: Mode
+    fds: Sequence[int]
+    filters: tuple[bytes, bytes] | None
+    map_ids: Callable[[], None]
+    control: Channel | None = None
+    namespaced: bool = False
+    notes: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        """Descriptors held once sealed: slots 0 to held - 1."""
+        return FD_LOG + len(self.entry.slots())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer: who runs it, what it says before it runs, what it does.
+
+    `always`: it is taken in mode "none" too, because it is hygiene rather than a layer.
+    `apply` raises OSError, JailError or NotOffered.
+    """
+
+    name: str
+    who: Literal["launcher", "device"]
+    describe: Callable[[Entry], str]
+    apply: Callable[[Context], None]
+    always: bool = False
+
+
+def plan(mode: Mode, who: Literal["launcher", "device"] | None = None) -> tuple[Step, ...]:
+    """The steps of `mode` in order, all of them or those of one process."""
+    return tuple(s for s in STEPS if (mode is not Mode.NONE or s.always) and (who is None or s.who == who))
+
+
+def enter(steps: Iterable[Step], ctx: Context) -> None:
+    """Take `steps`; what did not go as asked but is allowed to is in `ctx.notes`.
+
+    Raises:
+        JailError: a step failed, except in mode "best-effort".
+    """
+    for step in steps:
+        try:
+            step.apply(ctx)
+        except NotOffered as e:
+            ctx.notes.append((10, f"jail: {step.name}: not offered by this kernel: {e}"))
+        except (OSError, JailError) as e:
+            error = e if isinstance(e, JailError) else JailError(step.name, e)
+            if ctx.mode is not Mode.BEST_EFFORT:
+                raise error from e
+            ctx.notes.append((30, str(error)))
+
+
+def _namespaces(ctx: Context) -> None:
+    if os.geteuid() == 0:
+        os.setgroups([])  # setgroups is denied for good inside; an ordinary user cannot drop groups at all
+    syscalls.unshare(_NAMESPACES)
+    ctx.namespaced = True
+    ctx.map_ids()
+
+
+def _identity(ctx: Context) -> None:
+    if not ctx.namespaced:
+        raise JailError("identity", "there is no user namespace whose id could be taken")
+    # Uid 0 does not exist here, so this drops no capability: the mounts still need them.
+    os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
+    os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
+
+
+def _descriptors(ctx: Context) -> None:
+    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD, _FD_SCRATCH) for fd in ctx.fds]  # out of the slots' way first
+    for slot, fd in enumerate(spare, FD_LOG):
+        os.dup2(fd, slot, inheritable=False)
+    syscalls.close_range(FD_LOG + len(spare), _FD_MAX)
+
+
+def _root(ctx: Context) -> None:
+    if not ctx.namespaced:  # it would be the host's mounts that we detach
+        raise JailError("root", "there is no mount namespace of its own")
+    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+    syscalls.mount("none", _NEW_ROOT, "tmpfs", flags, "size=4k,nr_inodes=1,mode=0555")
+    os.chdir(_NEW_ROOT)
+    syscalls.pivot_root(".", ".")  # stacks the old root on the new one, and this takes it off again
+    syscalls.umount(".", syscalls.MNT_DETACH)
+    os.chdir("/")
+    syscalls.mount("none", "/", None, flags | syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY)
+
+
+def _limits(ctx: Context) -> None:
+    for limit, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_DATA, ctx.entry.data_mib << 20),
+        (resource.RLIMIT_FSIZE, ctx.entry.fsize),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_NOFILE, ctx.held + 1),  # one for Landlock and for "seccomp", which takes it back
+    ):
+        resource.setrlimit(limit, (value, value))
+
+
+def _capabilities(ctx: Context) -> None:
+    syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
+    for capability in range(64):
+        try:
+            syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
+        except OSError as e:
+            if e.errno != errno.EINVAL:  # past the last one of this kernel
+                raise
+            break
+    syscalls.prctl(syscalls.PR_SET_SECUREBITS, _SECUREBITS)  # python-prctl does not know the last two
+    syscalls.drop_capabilities()
+
+
+def _no_gain(ctx: Context) -> None:
+    prctl.set_no_new_privs(1)
+    prctl.set_dumpable(0)
+
+
+def _parent(ctx: Context) -> None:
+    prctl.set_pdeathsig(signal.SIGKILL)
+    assert ctx.control is not None
+    try:
+        alive = ctx.control.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+    except BlockingIOError:
+        alive = True
+    if not alive:  # it died before the kernel would have told us
+        os._exit(0)
+
+
+def _memory(ctx: Context) -> None:
+    try:
+        syscalls.prctl(syscalls.PR_SET_MDWE, syscalls.PR_MDWE_REFUSE_EXEC_GAIN)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        raise NotOffered("PR_SET_MDWE came with Linux 6.3") from None
+
+
+def _landlock(ctx: Context) -> None:
+    try:
+        syscalls.landlock_deny_all()
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise NotOffered(e.strerror or "no Landlock") from None
+
+
+def _seccomp(ctx: Context) -> None:
+    assert ctx.filters is not None and ctx.control is not None
+    first, second = ctx.filters
+    listener = syscalls.seccomp_load(first, syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER)
+    ctx.control.send(Listener(), [listener])
+    os.close(listener)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (ctx.held, ctx.held))
+    syscalls.seccomp_load(second)
+
+
+STEPS: Final = (
+    Step(
+        "namespaces", "launcher",
+        lambda e: "own user, pid, mount, net, ipc, uts and cgroup namespaces; one id, mapped from outside",
+        _namespaces,
+    ),
+    Step("identity", "launcher", lambda e: f"uid and gid {INSIDE_ID}, the only ones there are", _identity),
+    Step(
+        "descriptors", "device",
+        lambda e: "0 and 1 /dev/null (the zygote's), "
+        + ", ".join(f"{fd} {name.removeprefix('FD_').lower()}" for name, fd in e.slots().items())
+        + "; all others closed",
+        _descriptors,
+        always=True,
+    ),
+    Step("root", "device", lambda e: "an empty, read-only tmpfs; nothing else mounted", _root),
+    Step(
+        "limits", "device",
+        lambda e: f"data {e.data_mib} MiB, file size {e.fsize}, no core, no locked memory, no children, "
+        f"{FD_LOG + len(e.slots())} descriptors",
+        _limits,
+    ),
+    Step(
+        "capabilities", "device",
+        lambda e: "none, in any set; the bounding set empty, securebits locked",
+        _capabilities,
+    ),
+    Step("no-gain", "device", lambda e: "no_new_privs; not dumpable, so not traceable", _no_gain),
+    Step(
+        # After every change of credentials, because each clears it.
+        "parent", "device", lambda e: "SIGKILL when the supervisor dies", _parent, always=True,
+    ),
+    Step("memory", "device", lambda e: "no memory ever becomes executable (MDWE)", _memory),
+    Step("landlock", "device", lambda e: "every file, TCP and signal right denied", _landlock),
+    Step(
+        "seccomp", "device",
+        lambda e: f"policies/{e.name}.policy; anything else is reported to the supervisor, which kills",
+        _seccomp,
+    ),
+)  # fmt: skip
+assert FD_FIRST == FD_LOG + 3
+
+
+def die_with_parent() -> None:
+    """SIGKILL this process when the thread that forked it ends."""
+    prctl.set_pdeathsig(signal.SIGKILL)
+
+
+def adopt_orphans(adopt: bool = True) -> None:
+    """Become the parent of descendants whose own parent ends (PR_SET_CHILD_SUBREAPER)."""
+    prctl.set_child_subreaper(int(adopt))
+
+
+def title(name: str) -> None:
+    """Show `name` as this process's name in ps and top."""
+    prctl.set_name(name)
+    prctl.set_proctitle(f"vmsup: {name}")

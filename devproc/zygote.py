@@ -1,0 +1,341 @@
+"""The zygote: forked before /dev/kvm is opened, it forks every device process (DESIGN sections 1 and 8).
+
+Spec: user_namespaces(7) for the id maps, unix(7) for SCM_RIGHTS, PR_SET_CHILD_SUBREAPER in prctl(2).
+
+It is single-threaded, holds its socket and the standard descriptors, and has in memory what device processes
+share, but neither device code nor anything of a guest.  A request is a `wire.Spawn` with the device's
+descriptors.  The zygote forks a launcher, which leaves the namespaces and forks the device; when the launcher
+is gone the device is a child of the supervisor, and only then is it told to go on.  Left out: exec of a fresh
+interpreter per device, which would give each its own address space layout.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import struct
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from devproc import child, jail, syscalls
+from devproc.catalog import CATALOG, Entry
+from devproc.channel import FDS_MAX, Channel, ChannelClosed
+from devproc.wire import (
+    CONTROL_TABLE,
+    SPAWN_TABLE,
+    VERSION,
+    Failed,
+    Hello,
+    Listener,
+    Log,
+    PeerError,
+    Ready,
+    Scalar,
+    Sender,
+    Spawn,
+    Spawned,
+    require_c_extension,
+)
+from policies.compile import compile_notify
+from policies.parse import load
+
+Filters = tuple[bytes, bytes]
+
+_LAUNCH_S: Final = 10.0  # a launcher needs 3 ms; one that takes this long is stuck
+_SOCKET: Final = 3  # where the zygote keeps the one descriptor it has
+_FD_MAX: Final = 0xFFFF_FFFF
+# SIGTERM too: a service manager sends it to every process at once, and the supervisor decides who ends when.
+_IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
+# What a launcher and the zygote say to each other; a pid and an error text follow their word.
+_MAP, _MAPPED, _PID, _ERROR, _GO = b"map", b"mapped", b"pid ", b"error ", b"go"
+
+
+class SpawnError(Exception):
+    """A device process could not be started; one line, naming the device and the step."""
+
+
+def compiled(entry: Entry) -> Filters:
+    """The two programs of policies/NAME.policy.
+
+    Raises:
+        policies.errors.PolicyError: the policy is missing or wrong.
+    """
+    return compile_notify(load(entry.name, entry.slots()), jail.SETUP_CALLS)
+
+
+class Zygote:
+    """The supervisor's handle; `pid` is the zygote's, and the caller's to wait for after `close`."""
+
+    def __init__(self, pid: int, channel: Channel) -> None:
+        self.pid = pid
+        self._channel = channel
+
+    def spawn(
+        self,
+        device: str,
+        name: str,
+        fds: Sequence[int],
+        *,
+        host_id: int = 0,
+        mode: jail.Mode = jail.Mode.FULL,
+        params: tuple[Scalar, ...] = (),
+    ) -> int:
+        """Start a device process; returns its pid, a child of the caller's (see `jail.adopt_orphans`).
+
+        It goes on by itself from here: `await_ready` on its control channel says how that went, so start all
+        devices before waiting for any.
+
+        Args:
+            device: the catalogue name.
+            name: the instance, "serial1".
+            fds: for the slots from FD_LOG on, in order; the caller still owns its copies.
+            host_id: the uid and gid on the host; 0 for the caller's own, the only one an ordinary user has.
+            mode: how much jail.
+            params: the values of the entry's parameters, in its order.
+
+        Raises:
+            SpawnError: it did not start, or the zygote is gone.
+        """
+        try:
+            self._channel.send(Spawn(device, name, host_id, mode.value, params), fds)
+            answer = self._channel.recv()
+        except ChannelClosed:
+            raise SpawnError(f"{name}: the zygote is gone") from None
+        if isinstance(answer, Spawned):
+            return answer.pid
+        assert isinstance(answer, Failed)
+        raise SpawnError(f"{name}: {answer.why}")
+
+    def close(self) -> None:
+        """Let the zygote end; the devices it forked stay."""
+        self._channel.close()
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What a device process said until it was ready.
+
+    Attributes:
+        digest: SHA-256 of its register table.
+        listener: the seccomp listener, now the caller's (`devproc.violations`); None without a filter.
+        notes: (logging level, text): jail layers this kernel lacks, or that failed in mode "best-effort".
+    """
+
+    digest: bytes
+    listener: int | None
+    notes: tuple[tuple[int, str], ...]
+
+
+def control_channel(sock: socket.socket) -> Channel:
+    """The supervisor's end of a device's control channel."""
+    return Channel(sock, CONTROL_TABLE, "start", Sender.SUPERVISOR, Sender.DEVICE)
+
+
+def await_ready(control: Channel, device: str, mode: jail.Mode) -> Greeting:
+    """Follow a device from its first message to `Ready`.
+
+    Set a timeout on `control.sock` first; a device that never gets ready is a TimeoutError.
+
+    Raises:
+        SpawnError: it says why it failed, or is another device than asked for.
+        PeerError: it broke the protocol, or is ready without the filter that `mode` demands.
+        ChannelClosed: it died.
+    """
+    notes: list[tuple[int, str]] = []
+    listener: int | None = None
+    try:
+        while True:
+            expecting = control.state == "greeted" and mode is not jail.Mode.NONE
+            message, fds = control.recv_fds(1) if expecting else (control.recv(), [])
+            if isinstance(message, Listener) and len(fds) == 1:
+                listener = fds[0]
+                continue
+            for fd in fds:
+                os.close(fd)
+            match message:
+                case Hello(version, name) if (version, name) != (VERSION, device):
+                    raise SpawnError(f"{name} version {version} answers, expected {device} version {VERSION}")
+                case Hello():
+                    pass
+                case Log(level, text):
+                    notes.append((level, text))
+                case Failed(why):
+                    raise SpawnError(why)
+                case Ready(digest) if listener is not None or mode is not jail.Mode.FULL:
+                    return Greeting(digest, listener, tuple(notes))
+                case _:
+                    raise PeerError(f"unexpected {type(message).__name__} before it is sealed")
+    except BaseException:
+        if listener is not None:
+            os.close(listener)
+        raise
+
+
+def start(filters: Callable[[Entry], Filters] = compiled) -> Zygote:
+    """Fork the zygote.  Call it from the main thread, before there are others and before /dev/kvm is opened.
+
+    Args:
+        filters: where the two seccomp programs of a kind come from; called in the zygote, once per kind.
+
+    Raises:
+        WireError: msgpack's C extension is missing.
+    """
+    require_c_extension()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _become_zygote(theirs.detach(), parent, filters)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    theirs.close()
+    return Zygote(pid, Channel(ours, SPAWN_TABLE, "idle", Sender.SUPERVISOR, Sender.ZYGOTE))
+
+
+def _become_zygote(fd: int, parent: int, filters: Callable[[Entry], Filters]) -> NoReturn:
+    os.setsid()  # out of reach of the terminal's Ctrl-C and Ctrl-Z
+    jail.die_with_parent()
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(0)
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_IGN if number in _IGNORED else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    jail.title("zygote")
+    child.warm_up()
+    gc.collect()
+    null = os.open(os.devnull, os.O_RDWR)
+    for std in (0, 1):
+        os.dup2(null, std)
+    if fd != _SOCKET:
+        os.dup2(fd, _SOCKET, inheritable=False)
+    syscalls.close_range(_SOCKET + 1, _FD_MAX)
+    # Objects that exist now are moved out of the collector's sight: it would write to their pages, and every
+    # page written to is one a device process no longer shares (a third of the memory per device without it).
+    gc.freeze()
+    sock = socket.socket(fileno=_SOCKET)
+    _serve(Channel(sock, SPAWN_TABLE, "idle", Sender.ZYGOTE, Sender.SUPERVISOR), filters)
+
+
+def _serve(channel: Channel, filters: Callable[[Entry], Filters]) -> NoReturn:
+    cache: dict[str, Filters] = {}
+    while True:
+        try:
+            request, fds = channel.recv_fds(FDS_MAX)
+        except ChannelClosed:
+            os._exit(0)
+        assert isinstance(request, Spawn)  # by the table
+        try:
+            channel.send(Spawned(_spawn(request, fds, filters, cache)))
+        except (SpawnError, OSError) as e:
+            channel.send(Failed(str(e)[:1000]))
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _spawn(
+    request: Spawn, fds: list[int], filters: Callable[[Entry], Filters], cache: dict[str, Filters]
+) -> int:
+    try:
+        entry = CATALOG[request.device]
+        mode = jail.Mode(request.jail)
+        params = entry.check_params(request.params)
+        if mode is not jail.Mode.NONE and entry.name not in cache:
+            cache[entry.name] = filters(entry)
+    except Exception as e:  # a policy is text a user may edit: whatever is wrong with it is the answer
+        raise SpawnError(f"{type(e).__name__}: {e}") from e
+    if len(fds) != len(entry.slots()):
+        raise SpawnError(f"{len(fds)} descriptors, expected {len(entry.slots())}")
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    launcher = os.fork()
+    if launcher == 0:
+        ours.close()
+        os.close(_SOCKET)
+        _launch(theirs, entry, mode, request.name, params, fds, cache.get(entry.name))
+    theirs.close()
+    with ours:
+        ours.settimeout(_LAUNCH_S)
+        try:
+            pid = _watch_launcher(ours, launcher, request.host_id)
+        except TimeoutError:
+            os.kill(launcher, signal.SIGKILL)
+            raise SpawnError(f"the launcher said nothing for {_LAUNCH_S} s") from None
+        finally:
+            # Only now is the device certain to be the supervisor's child.  An EOF from the launcher would not
+            # say so: a process that exits closes its descriptors before it gives its children away.
+            os.waitpid(launcher, 0)
+        ours.send(_GO)
+    return pid
+
+
+def _watch_launcher(link: socket.socket, launcher: int, host_id: int) -> int:
+    """The device's pid, once the launcher has it."""
+    while True:
+        answer = link.recv(1100)
+        if answer == _MAP:
+            try:
+                _map_ids(launcher, host_id)
+            except OSError as e:
+                link.send(struct.pack("=i", e.errno or 0))
+            else:
+                link.send(_MAPPED)
+        elif answer.startswith(_PID):
+            return int(answer.removeprefix(_PID))
+        else:
+            why = answer.removeprefix(_ERROR).decode(errors="replace")
+            raise SpawnError(why or "the launcher died")
+
+
+def _map_ids(pid: int, host_id: int) -> None:
+    uid, gid = (host_id, host_id) if host_id else (os.geteuid(), os.getegid())
+    for name, text in (
+        ("setgroups", "deny"),  # or a group that is there to take rights away could be dropped
+        ("uid_map", f"{jail.INSIDE_ID} {uid} 1"),
+        ("gid_map", f"{jail.INSIDE_ID} {gid} 1"),
+    ):
+        with open(f"/proc/{pid}/{name}", "w") as f:
+            f.write(text)
+
+
+def _launch(
+    link: socket.socket,
+    entry: Entry,
+    mode: jail.Mode,
+    name: str,
+    params: dict[str, int],
+    fds: list[int],
+    filters: Filters | None,
+) -> NoReturn:
+    """The launcher, and as its child the device."""
+
+    def map_ids() -> None:
+        link.send(_MAP)
+        answer = link.recv(16)
+        if answer != _MAPPED:
+            raise OSError(struct.unpack("=i", answer)[0], "the zygote may not map the ids")
+
+    try:
+        model = child.load(entry)  # with the caller's ids, which can read it; the device's own may not
+        ctx = jail.Context(entry, mode, fds, filters, map_ids)
+        jail.enter(jail.plan(mode, "launcher"), ctx)
+        pid = os.fork()
+        if pid == 0:
+            go = link.recv(len(_GO)) == _GO
+            link.close()
+            if go:
+                child.main(ctx, model, name, params)
+            os._exit(0)
+        link.send(_PID + str(pid).encode())
+    except BaseException as e:
+        link.send(_ERROR + f"{e if isinstance(e, jail.JailError) else repr(e)}"[:1000].encode())
+    finally:
+        os._exit(0)

@@ -1,0 +1,180 @@
+"""A supervisor's part in a device's life, run in a process of its own and driven over a pipe.
+
+Run as `python stand_in.py FD`, as root or as an ordinary user, so that a test of either can look at /proc with
+the rights of whoever runs the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+from devproc import jail, wire, zygote
+from devproc.catalog import CATALOG, Descriptor, Entry, Region
+from devproc.channel import Channel, ChannelClosed
+from devproc.violations import read_violation
+from policies.compile import compile_notify
+from policies.parse import load
+
+HOSTILE = Entry(
+    "hostile",
+    "attempts to escape",
+    "hostile",
+    "Hostile",
+    regions=(Region(wire.Space.PORT, 4096, "one attempt per offset"),),
+    descriptors=(Descriptor("irq", "signal", "unused"),),
+)
+
+
+def filters(entry: Entry) -> zygote.Filters:
+    if entry is not HOSTILE:
+        return zygote.compiled(entry)
+    return compile_notify(load(str(HERE / "hostile.policy"), entry.slots()), jail.SETUP_CALLS)
+
+
+class StandIn:
+    """Methods are the requests; each answer is a plain value."""
+
+    def __init__(self) -> None:
+        CATALOG["hostile"] = HOSTILE
+        jail.adopt_orphans()
+        self.zygote = zygote.start(filters)
+        self.devices: dict[str, dict[str, Any]] = {}
+
+    def pids(self) -> list[int]:
+        return [self.zygote.pid, *(d["pid"] for d in self.devices.values())]
+
+    def spawn(
+        self, device: str, name: str, mode: str = "full", host_id: int = 0, params: tuple[int, ...] = ()
+    ) -> dict[str, Any]:
+        started = time.perf_counter_ns()
+        entry = CATALOG[device]
+        log_ours, log = os.pipe()
+        access_ours, access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control_ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        kept, given = [], []
+        for d in entry.descriptors:
+            match d.kind:
+                case "signal":
+                    given.append(os.eventfd(0))
+                case "input":
+                    theirs, ours = os.pipe()
+                    given.append(theirs)
+                    kept.append(ours)
+                case "output":
+                    ours, theirs = os.pipe()
+                    given.append(theirs)
+                    kept.append(ours)
+        fds = [log, access.fileno(), control.fileno(), *given]
+        pid = self.zygote.spawn(device, name, fds, host_id=host_id, mode=jail.Mode(mode), params=params)
+        for fd in (log, *given):
+            os.close(fd)
+        access.close()
+        control.close()
+        control_ours.settimeout(5)
+        access_ours.settimeout(5)
+        channel = zygote.control_channel(control_ours)
+        self.devices[name] = d = {
+            "pid": pid, "log": log_ours, "access": access_ours, "control": channel, "kept": kept
+        }  # fmt: skip
+        greeting = zygote.await_ready(channel, device, jail.Mode(mode))
+        d["listener"] = greeting.listener
+        return {
+            "pid": pid,
+            "digest": greeting.digest,
+            "listener": greeting.listener is not None,
+            "notes": greeting.notes,
+            "ns": time.perf_counter_ns() - started,
+        }
+
+    def read(self, name: str, offset: int, size: int = 8, space: int = 0) -> tuple[Any, ...]:
+        """("value", n), ("violation", nr, args) after which the device is dead, or ("died", wait status)."""
+        d = self.devices[name]
+        access, listener = d["access"], d["listener"]
+        access.send(wire.encode(wire.Read(space, offset, size)))
+        ready = select.select([access] + ([listener] if listener is not None else []), [], [], 5)[0]
+        if access in ready:
+            frame = access.recv(wire.ACCESS_FRAME_MAX + 1)
+            if frame:
+                message = wire.decode(frame)
+                assert isinstance(message, wire.Value)
+                return ("value", message.data)
+            return ("died", *self.reap(name))
+        if listener in ready and (violation := read_violation(listener)) is not None:
+            assert violation.pid == d["pid"]
+            self.kill(name)
+            return ("violation", violation.nr, violation.args)
+        return ("silence",)
+
+    def write(self, name: str, offset: int, data: int, space: int = 0) -> None:
+        self.devices[name]["access"].send(wire.encode(wire.Write(space, offset, 1, data, True)))
+
+    def garbage(self, name: str, frame: bytes) -> None:
+        self.devices[name]["access"].send(frame)
+
+    def next_word(self, name: str) -> str:
+        channel: Channel = self.devices[name]["control"]
+        try:
+            return repr(channel.recv())
+        except ChannelClosed:
+            return "closed"
+
+    def ask(self, name: str, message: wire.Message) -> wire.Message:
+        channel: Channel = self.devices[name]["control"]
+        channel.send(message)
+        return channel.recv()
+
+    def log(self, name: str) -> str:
+        fd = self.devices[name]["log"]
+        text = b""
+        while select.select([fd], [], [], 0)[0] and (more := os.read(fd, 4096)):
+            text += more
+        return text.decode()
+
+    def stop(self, name: str) -> tuple[int, int]:
+        self.devices[name]["control"].send(wire.Stop())
+        return self.reap(name)
+
+    def close_access(self, name: str) -> tuple[int, int]:
+        self.devices[name]["access"].close()
+        return self.reap(name)
+
+    def kill(self, name: str) -> tuple[int, int]:
+        os.kill(self.devices[name]["pid"], 9)
+        return self.reap(name)
+
+    def reap(self, name: str) -> tuple[int, int]:
+        """(si_code, si_status) as waitid(2) gives them."""
+        result = os.waitid(os.P_PID, self.devices[name]["pid"], os.WEXITED)
+        assert result is not None
+        return result.si_code, result.si_status
+
+
+def main(fd: int) -> None:
+    pipe = Connection(fd)
+    me = StandIn()
+    pipe.send(os.getpid())
+    while True:
+        try:
+            method, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, getattr(me, method)(*args, **kwargs))
+        except Exception as e:
+            answer = (False, f"{type(e).__name__}: {e}")
+        pipe.send(answer)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
