@@ -20,7 +20,7 @@ from devproc.wire import Space
 FIFO_SIZE: Final = 16
 CLOCK_HZ: Final = 1_843_200
 TRIGGER: Final = (1, 4, 8, 14)  # FCR bits 7:6, 8.5
-TIMEOUT_CHARS: Final = 4  # 8.5, FIFO time-out interrupts
+TIMEOUT_CHARS: Final = 4  # 8.11
 
 IER_ERBFI, IER_ETBEI, IER_ELSI, IER_EDSSI = 0x01, 0x02, 0x04, 0x08
 FCR_ENABLE, FCR_RX_RESET, FCR_TX_RESET = 0x01, 0x02, 0x04
@@ -35,8 +35,8 @@ RLS, RDA, CTI, THRE, MSI = 1, 2, 4, 8, 16
 PRIORITY: Final = ((RLS, 0x06), (RDA, 0x04), (CTI, 0x0C), (THRE, 0x02), (MSI, 0x00))
 IIR_OF: Final = [next((iir for bit, iir in PRIORITY if causes & bit), IIR_NONE) for causes in range(32)]
 
-# What the far end makes of RTS.  Until the guest has written MCR it may be one that never will: its first look
-# at LSR then counts as RTS.
+# What the far end makes of RTS.  Until the guest has written MCR it may be one that never will: its first
+# look at LSR then counts as RTS.
 UNTOUCHED, OFF, ON = 0, 1, 2
 
 BYTES: Final = [bytes([i]) for i in range(256)]
@@ -82,7 +82,7 @@ class Serial(Model):
         1. The guest transmits faster than the host drains → 16 bytes wait, later ones are lost and counted.
         2. The guest never reads → at most 16 bytes are taken from the input, the rest stays on the host.
         3. The guest loops its output back → the overrun sets OE; the FIFO stays at 16 bytes.
-        4. The guest asks for interrupts all the time → an edge needs an access or an input byte; none by itself.
+        4. The guest wants every interrupt → an edge takes an access, an input byte or a time-out; none repeats.
         5. The guest sets a divisor of 0 or 1 → a time-out is at least 4 characters of 7 bits at 115200 baud
            away, and comes at most once per byte received or read.
     """
