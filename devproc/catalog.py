@@ -97,6 +97,7 @@ CATALOG: Final[dict[str, Entry]] = {
                 Descriptor("input", "input", "what the guest receives"),
                 Descriptor("output", "output", "what the guest transmits"),
             ),
+            clocks=("clock",),
             fsize=1 << 62,
         ),
         Entry(
@@ -111,7 +112,7 @@ CATALOG: Final[dict[str, Entry]] = {
         ),
         Entry(
             "i8042", "keyboard controller, for the reset line", "devproc.devices.i8042", "I8042",
-            regions=(Region(Space.PORT, 4, "port B (0x61), 0x62, 0x63, command/status (0x64)"),),
+            regions=(Region(Space.PORT, 5, "data (0x60), port B (0x61), command/status (0x64)"),),
             descriptors=(Descriptor("reset", "signal", "asks the supervisor for a system reset"),),
         ),
         Entry(
@@ -125,8 +126,9 @@ CATALOG: Final[dict[str, Entry]] = {
             regions=(Region(Space.CONFIG, 4096, "configuration space"),),
         ),
         Entry(
-            "acpi-pm", "ACPI fixed hardware: PM1 event, PM1 control, PM timer", "devproc.devices.acpi_pm", "AcpiPm",
-            regions=(Region(Space.PORT, 16, "PM1_STS, PM1_EN, PM1_CNT, PM_TMR"),),
+            "acpi-pm", "ACPI fixed hardware: PM1 event and control, PM timer", "devproc.devices.acpi_pm", "AcpiPm",
+            # The timer counts 32 bits, so the FADT sets TMR_VAL_EXT; there is no SMI_CMD: SCI_EN is always 1.
+            regions=(Region(Space.PORT, 16, "PM1_STS 0, PM1_EN 2, PM1_CNT 4, PM_TMR 8"),),
             descriptors=(
                 _IRQ,
                 Descriptor("poweroff", "signal", "asks the supervisor to power the machine off (S5)"),
