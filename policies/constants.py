@@ -30,8 +30,9 @@ CONSTANTS: Final = MappingProxyType(
         "PR_SET_PDEATHSIG": 0x1, "PR_GET_PDEATHSIG": 0x2, "PR_GET_DUMPABLE": 0x3, "PR_SET_DUMPABLE": 0x4,
         "PR_SET_KEEPCAPS": 0x8, "PR_SET_NAME": 0xf, "PR_GET_NAME": 0x10, "PR_GET_SECCOMP": 0x15,
         "PR_SET_SECCOMP": 0x16, "PR_CAPBSET_READ": 0x17, "PR_CAPBSET_DROP": 0x18, "PR_GET_SECUREBITS": 0x1b,
-        "PR_SET_SECUREBITS": 0x1c, "PR_SET_TIMERSLACK": 0x1d, "PR_SET_MM": 0x23, "PR_SET_CHILD_SUBREAPER": 0x24,
-        "PR_SET_NO_NEW_PRIVS": 0x26, "PR_GET_NO_NEW_PRIVS": 0x27, "PR_CAP_AMBIENT": 0x2f,
+        "PR_SET_SECUREBITS": 0x1c, "PR_SET_TIMERSLACK": 0x1d, "PR_SET_MM": 0x23,
+        "PR_SET_CHILD_SUBREAPER": 0x24, "PR_SET_NO_NEW_PRIVS": 0x26, "PR_GET_NO_NEW_PRIVS": 0x27,
+        "PR_CAP_AMBIENT": 0x2f,
         "PR_SET_SYSCALL_USER_DISPATCH": 0x3b, "PR_SET_VMA": 0x53564d41, "PR_SET_PTRACER": 0x59616d61,
         # futex(2): linux/futex.h
         "FUTEX_WAIT": 0x0, "FUTEX_WAKE": 0x1, "FUTEX_REQUEUE": 0x3, "FUTEX_CMP_REQUEUE": 0x4,
@@ -86,10 +87,12 @@ CONSTANTS: Final = MappingProxyType(
         "SIGPIPE": 0xd, "SIGALRM": 0xe, "SIGTERM": 0xf, "SIGCHLD": 0x11, "SIGCONT": 0x12, "SIGSTOP": 0x13,
         "SIGSYS": 0x1f, "SIG_BLOCK": 0x0, "SIG_UNBLOCK": 0x1, "SIG_SETMASK": 0x2,
         # epoll_ctl(2), sched_setscheduler(2), getrandom(2), prlimit(2)
-        "EPOLL_CTL_ADD": 0x1, "EPOLL_CTL_DEL": 0x2, "EPOLL_CTL_MOD": 0x3, "SCHED_OTHER": 0x0, "SCHED_FIFO": 0x1,
-        "SCHED_RR": 0x2, "SCHED_BATCH": 0x3, "SCHED_IDLE": 0x5, "GRND_NONBLOCK": 0x1, "GRND_RANDOM": 0x2,
+        "EPOLL_CTL_ADD": 0x1, "EPOLL_CTL_DEL": 0x2, "EPOLL_CTL_MOD": 0x3, "SCHED_OTHER": 0x0,
+        "SCHED_FIFO": 0x1, "SCHED_RR": 0x2, "SCHED_BATCH": 0x3, "SCHED_IDLE": 0x5,
+        "GRND_NONBLOCK": 0x1, "GRND_RANDOM": 0x2,
         "RLIMIT_CORE": 0x4, "RLIMIT_DATA": 0x2, "RLIMIT_FSIZE": 0x1, "RLIMIT_MEMLOCK": 0x8,
-        "RLIMIT_NOFILE": 0x7, "RLIMIT_NPROC": 0x6,    }
+        "RLIMIT_NOFILE": 0x7, "RLIMIT_NPROC": 0x6,
+    }
 )  # fmt: skip
 """Name -> value as the 64-bit argument that user space passes."""
 

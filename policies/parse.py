@@ -28,7 +28,7 @@ from typing import Final, NoReturn
 from policies import bpf
 from policies.constants import CONSTANTS, ERRNO_MAX, ERRNOS
 from policies.errors import Diagnostic, Place, PolicyError
-from policies.policy import OPS, U64_MAX, Atom, Clause, Op, Policy, Rule
+from policies.policy import OPS, U64_MAX, Atom, Clause, Policy, Rule
 from policies.syscalls import SYSCALLS
 
 DIRECTORY: Final = Path(__file__).parent
@@ -38,14 +38,14 @@ _TOKEN: Final = re.compile(
     r"|(?P<semicolon>;)|(?P<word>(?:[\w~()@./-]|\|(?!\|))+)|(?P<other>.)",
     re.ASCII,
 )
-_VALUE: Final = re.compile(r"(?P<number>-?\d\w*)|(?P<name>[A-Za-z_]\w*)|(?P<mark>[~()|])|(?P<other>.)", re.ASCII)
+_VALUE: Final = re.compile(r"(?P<number>-?\d\w*)|(?P<name>[A-Za-z_]\w*)|.", re.ASCII)
 _INCLUDE: Final = re.compile(r"\./[\w-]+\.policy", re.ASCII)
 
 _REFUSED_ACTIONS: Final = {
     "allow": "write 1: libminijail knows no other word for it",
     "kill": "nothing needs this rule: what no rule allows kills the process",
     "kill-process": "nothing needs this rule: what no rule allows kills the process",
-    "kill-thread": "a killed Python thread leaves its process deadlocked; what no rule allows kills the process",
+    "kill-thread": "a killed Python thread leaves its process deadlocked",
     "log": "this action lets the call through",
     "trace": "this action lets a tracer decide",
     "trap": "this action lets the process handle its own violation",
@@ -203,9 +203,11 @@ class _Reader:
             self._final[name] = rule
 
     def _errno(self, word: _Token) -> int:
-        number = int(word.text) if re.fullmatch(r"[1-9]\d*", word.text, re.ASCII) else ERRNOS.get(word.text, 0)
+        text = word.text
+        number = int(text) if re.fullmatch(r"[1-9]\d*", text, re.ASCII) else ERRNOS.get(text, 0)
         if not 1 <= number <= ERRNO_MAX:
-            _fail(word.place, "expected an error name or a number from 1 to 4095" + _suggestion(word.text, ERRNOS))
+            expected = f"expected an error name or a number from 1 to {ERRNO_MAX}"
+            _fail(word.place, expected + _suggestion(text, ERRNOS))
         return number
 
     def _condition(self, cursor: _Cursor) -> tuple[Clause, ...]:
@@ -229,9 +231,9 @@ class _Reader:
             cursor.fail("one of " + " ".join(OPS))
         cursor.take(operator.kind, "")
         value = cursor.take("word", "a value")
-        for left, right in ((argument, operator), (operator, value)):
-            if left.place.line == right.place.line and left.place.column + left.place.width == right.place.column:
-                _fail(right.place, "a space is missing: libminijail splits a comparison at its spaces")
+        for left, right in ((argument.place, operator.place), (operator.place, value.place)):
+            if left.line == right.line and left.column + left.width == right.column:
+                _fail(right, "a space is missing: libminijail splits a comparison at its spaces")
         return Atom(int(argument.text[3:]), op, self._value(value), value.text)
 
     def _value(self, word: _Token) -> int:
@@ -261,9 +263,10 @@ class _Reader:
         elif part["number"]:
             value = _number(part[0], _part(word, part))
         elif part["name"]:
-            if part[0] not in self._constants:
-                _fail(_part(word, part), f"unknown constant {part[0]}" + _suggestion(part[0], self._constants))
-            value = self._constants[part[0]] & U64_MAX
+            name = part[0]
+            if name not in self._constants:
+                _fail(_part(word, part), f"unknown constant {name}" + _suggestion(name, self._constants))
+            value = self._constants[name] & U64_MAX
         else:
             _fail(_part(word, part), "expected a number, a constant, ~ or (")
         return (~value & U64_MAX if inverted else value), at + 1
@@ -330,7 +333,7 @@ def _two_readings(name: str, clauses: tuple[Clause, ...]) -> str:
         return "expected the end of the rule"
     condition = Rule(name, clauses, 0, "", Place("", 0)).condition()
     return (
-        "`condition; return X` has two opposite readings: minijail's library allows the call if the condition "
-        "holds and returns X if not, its compiler returns X if the condition holds and kills if not; "
+        "`condition; return X` has two opposite readings: minijail's library allows the call if the "
+        "condition holds and returns X if not, its compiler returns X if it holds and kills if not; "
         f"write two rules, `{name}: {condition}` and `{name}: return X`"
     )

@@ -131,5 +131,3 @@ class Policy:
         return "".join(
             f"{r.name}: {r.condition()}" + (f"  # {r.reason}" if r.reason else "") + "\n" for r in self.rules
         )
-
-

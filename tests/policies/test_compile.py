@@ -95,7 +95,9 @@ def test_an_empty_policy_kills_everything() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("value", [0, 5, 1 << 32, 0xFFFFFFFF, 0x5_0000_0003, (1 << 64) - 1, ~4 & (1 << 64) - 1])
+@pytest.mark.parametrize(
+    "value", [0, 5, 1 << 32, 0xFFFFFFFF, 0x5_0000_0003, (1 << 64) - 1, ~4 & (1 << 64) - 1]
+)
 def test_both_halves_of_an_argument_are_compared(op: str, value: int) -> None:
     policy = parse(f"read: arg2 {op} {value:#x}")
     program = compile_single(policy)
@@ -110,8 +112,9 @@ def test_jumps_over_more_than_255_instructions_arrive(clauses: int) -> None:
     policy = parse(f"ioctl: {condition}\nread: {condition}\nmseal: 1\nwrite: return EPERM")
     program = compile_single(policy)
     checked(program)
-    for name, i, j in product(("ioctl", "read", "mseal", "write", "open"), (0, clauses - 1, clauses), (0, 9999)):
-        assert simulate(program, SYSCALLS[name], [i, j]) == policy.verdict(SYSCALLS[name], [i, j, 0, 0, 0, 0]).action
+    calls = [SYSCALLS[name] for name in ("ioctl", "read", "mseal", "write", "open")]
+    for nr, i, j in product(calls, (0, clauses - 1, clauses), (0, 9999)):
+        assert simulate(program, nr, [i, j]) == policy.verdict(nr, [i, j, 0, 0, 0, 0]).action
 
 
 def test_a_policy_too_long_for_the_kernel_is_refused() -> None:
