@@ -69,7 +69,8 @@ def _parse(file: BootFile) -> tuple[int, list[_Segment]]:
                 raise file.error(f"{image.num_segments()} segments, expected at most {SEGMENTS_MAX}")
             headers = [s.header for s in image.iter_segments("PT_LOAD") if s["p_memsz"]]
             entry = image["e_entry"]
-        except ELFError as e:
+        except (ELFError, OSError, ValueError, OverflowError) as e:
+            # All but the first from seeks to where no file reaches, which pyelftools leaves as they are.
             raise file.error(f"not a sound ELF file: {e}") from None
     segments = [_Segment(h.p_paddr, h.p_paddr + h.p_memsz, h.p_offset, h.p_filesz) for h in headers]
     return entry, sorted(segments)

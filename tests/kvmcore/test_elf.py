@@ -37,9 +37,19 @@ def vmlinux(
     return data.ljust(0x1000, b"\0") + TEXT.ljust(0x1000, b"\0") + DATA
 
 
+@pytest.fixture(scope="session")
+def scratch():
+    """RAM for the property tests, which do not look at what an earlier example left in it."""
+    memory = GuestMemory.create(ram_regions(64 * MIB))
+    yield memory
+    memory.close()
+
+
 @pytest.fixture
 def memory():
-    return GuestMemory.create(ram_regions(64 * MIB))
+    memory = GuestMemory.create(ram_regions(64 * MIB))
+    yield memory
+    memory.close()
 
 
 @pytest.fixture
@@ -110,6 +120,13 @@ def test_what_cannot_be_loaded_is_one_line_that_names_the_file(load, tmp_path, m
     assert "\n" not in str(e.value)
 
 
+def test_program_headers_beyond_any_file_are_refused(load):
+    data = bytearray(vmlinux())
+    struct.pack_into("<Q", data, 32, 1 << 63)  # e_phoff
+    with pytest.raises(ConfigError, match="not a sound ELF file"):
+        load(data)
+
+
 @pytest.mark.parametrize("size", [4, 16, 63, 64, 100, 0x1000, 0x2000 + len(DATA) - 1])
 def test_truncated_files_are_refused(load, size):
     with pytest.raises(ConfigError):
@@ -117,14 +134,14 @@ def test_truncated_files_are_refused(load, size):
 
 
 @given(st.lists(st.tuples(st.integers(4, 64 + 3 * 56 - 1), st.integers(0, 255)), max_size=8))
-def test_any_damage_loads_or_is_a_config_error(tmp_path_factory, damage):
+def test_any_damage_loads_or_is_a_config_error(tmp_path_factory, scratch, damage):
     data = bytearray(vmlinux())
     for offset, value in damage:
         data[offset] = value
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(data)
     try:
-        kernel = bzimage.load(str(path), GuestMemory.create(ram_regions(64 * MIB)))
+        kernel = bzimage.load(str(path), scratch)
     except ConfigError:
         return
     assert MIB <= kernel.start <= kernel.entry < kernel.end <= 64 * MIB
