@@ -6,6 +6,7 @@ Spec: Linux, Documentation/virt/kvm/api.rst, section 4 (each method names its io
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -85,9 +86,10 @@ class Handle:
     def _exchange(self, ioctl: Ioctl, buffer: bytearray) -> int:
         """An ioctl that takes a structure and changes it."""
         try:
-            return fcntl.ioctl(self.fd, ioctl, buffer)
+            result: int = fcntl.ioctl(self.fd, ioctl, buffer)
         except OSError as e:
             raise self._error(ioctl, e) from None
+        return result
 
     @staticmethod
     def _error(ioctl: Ioctl, e: OSError) -> KvmError:
@@ -108,7 +110,7 @@ class Kvm(Handle):
             super().__init__(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except OSError as e:
             likely = {
-                errno.ENOENT: "no KVM: load kvm_intel or kvm_amd, after enabling virtualization in the firmware",
+                errno.ENOENT: "no KVM: load kvm_intel or kvm_amd; is virtualization on in the firmware?",
                 errno.EACCES: "not permitted: become a member of the group kvm",
                 errno.ENODEV: "the kvm module has no hardware to run on",
             }
@@ -180,7 +182,10 @@ class Vm(Handle):
 
     def set_tss_addr(self, gpa: int) -> None:
         """KVM_SET_TSS_ADDR: three pages below 4 GiB that Intel's real mode needs."""
-        self._call(Ioctl.KVM_SET_TSS_ADDR, gpa)
+        # fcntl.ioctl takes a number as a signed C int, which an address this high is not.
+        ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+        if ioctl(self.fd, ctypes.c_ulong(Ioctl.KVM_SET_TSS_ADDR), ctypes.c_ulong(gpa)) < 0:
+            raise self._error(Ioctl.KVM_SET_TSS_ADDR, OSError(ctypes.get_errno(), ""))
 
     def set_identity_map_addr(self, gpa: int) -> None:
         """KVM_SET_IDENTITY_MAP_ADDR: one page, likewise; before the first vCPU."""
