@@ -186,6 +186,10 @@ def _limits(ctx: Context) -> None:
 
 
 def _capabilities(ctx: Context) -> None:
+    _drop_capabilities()
+
+
+def _drop_capabilities() -> None:
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
     for capability in range(64):
         try:
@@ -283,6 +287,18 @@ STEPS: Final = (
     ),
 )  # fmt: skip
 assert FD_FIRST == FD_LOG + 3
+
+
+def drop_privileges() -> None:
+    """The supervisor's own last step before the guest runs: no capability, and no way to gain one.
+
+    For the calling thread and those it starts afterwards.  Raises OSError.
+    """
+    if os.geteuid() == 0:
+        _drop_capabilities()
+    else:  # the bounding set needs CAP_SETPCAP to change, and without new privileges bounds nothing
+        syscalls.drop_capabilities()
+    prctl.set_no_new_privs(1)
 
 
 def die_with_parent() -> None:
