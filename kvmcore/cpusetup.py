@@ -12,8 +12,8 @@ from struct import Struct, pack, pack_into
 from typing import Final, Protocol
 
 from kvmcore import layout
-from kvmcore.abi import FPU, KVM_CPUID_FLAG_SIGNIFICANT_INDEX, CpuidEntry, Dtable, Regs, Segment, Sregs
-from kvmcore.kvm import Vcpu
+from kvmcore.abi import FPU, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, Cap, CpuidEntry, Dtable, Regs, Segment, Sregs
+from kvmcore.kvm import Kvm, Vcpu
 
 # CPUID feature bits
 _ECX1_TSC_DEADLINE: Final = 1 << 24
@@ -98,7 +98,7 @@ def _cache(eax: int, id_bits: int) -> int:
 def _topology(leaf: int, apic_id: int, cpus: int, id_bits: int) -> list[CpuidEntry]:
     """Extended topology: each core one thread, the package all cores, then the end of the list."""
     smt, core = 1, 2  # level types, ECX 15:8
-    flags = KVM_CPUID_FLAG_SIGNIFICANT_INDEX
+    flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX
     return [
         CpuidEntry(leaf, 0, flags, 0, 1, smt << 8 | 0, apic_id),
         CpuidEntry(leaf, 1, flags, id_bits, cpus, core << 8 | 1, apic_id),
@@ -160,7 +160,7 @@ def descriptor(segment: Segment) -> int:
     return low | access << 40 | (limit >> 16 & 0xF) << 48 | flags << 52 | segment.base >> 24 << 56
 
 
-def write_boot_tables(memory: Memory) -> None:
+def write_tables(memory: Memory) -> None:
     """GDT, an IDT of one null gate, and page tables that map the first GiB to itself.
 
     Raises:
@@ -218,18 +218,20 @@ def with_lint(registers: bytes) -> bytes:
     return bytes(page)
 
 
-def set_up(vcpu: Vcpu, entries: Sequence[CpuidEntry], entry: int | None) -> None:
-    """Give `vcpu` its CPUID, MSRs, FPU and LINTs; with `entry` also the registers to boot there.
+def setup(kvm: Kvm, vcpu: Vcpu, cpus: int, entry: int) -> None:
+    """Give `vcpu` its CPUID, MSRs, FPU and LINTs, and the first of the `cpus` the registers to boot at `entry`.
 
-    The vCPUs without `entry` stay as KVM made them, waiting for the first one's INIT and SIPI.
+    The others stay as KVM made them, waiting for the first one's INIT and SIPI.
 
     Raises:
         KvmError: KVM refuses a part of it.
     """
+    tsc_deadline = bool(kvm.check(Cap.KVM_CAP_TSC_DEADLINE_TIMER))
+    entries = cpuid(kvm.supported_cpuid(), vcpu.id, cpus, tsc_deadline=tsc_deadline)
     vcpu.set_cpuid2(entries)
     vcpu.set_msrs(msrs(entries))
     vcpu.set_fpu(boot_fpu())
     vcpu.set_lapic(with_lint(vcpu.get_lapic()))
-    if entry is not None:
+    if vcpu.id == 0:
         vcpu.set_regs(boot_regs(entry))
         vcpu.set_sregs(boot_sregs(vcpu.get_sregs()))
