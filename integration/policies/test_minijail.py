@@ -4,6 +4,7 @@ Needs checkouts that are no part of this repository: VMSUP_MINIJAIL names one of
 VMSUP_CROSVM one of google/crosvm.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -43,9 +44,7 @@ pytestmark = pytest.mark.skipif(
 def tools() -> Iterator[Any]:
     """minijail's modules arch, bpf, compiler: plain files that import each other by name."""
     sys.path.insert(0, str(Path(MINIJAIL) / "tools"))
-    import arch  # noqa: PLC0415
-    import bpf as their_bpf  # noqa: PLC0415
-    import compiler  # noqa: PLC0415
+    arch, their_bpf, compiler = (importlib.import_module(name) for name in ("arch", "bpf", "compiler"))
 
     class Tools:
         Arch, simulate, KillProcess = arch.Arch, staticmethod(their_bpf.simulate), their_bpf.KillProcess

@@ -4,7 +4,7 @@ import random
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policies import bpf
@@ -123,7 +123,6 @@ def test_a_policy_too_long_for_the_kernel_is_refused() -> None:
         compile_single(parse(f"ioctl: {condition}"))
 
 
-@settings(deadline=None)
 @given(st.sets(st.sampled_from(sorted(SYSCALLS)), min_size=1))
 def test_the_search_finds_each_number_in_few_steps(allowed: set[str]) -> None:
     program = compile_single(Policy("test", tuple(Rule(n, (), 0, "", Place("", 1)) for n in allowed)))

@@ -1,0 +1,81 @@
+"""The policies we ship: linted, within budget, and rule by rule what they allow and what dies beside it."""
+
+import pytest
+
+from devproc.catalog import CATALOG
+from policies import bpf, commands
+from policies.compile import compile_single
+from policies.lint import NEVER
+from policies.parse import DIRECTORY, load
+from policies.policy import Rule
+from policies.simulate import cells, simulate
+from policies.syscalls import SYSCALLS
+
+BUDGET = 20  # of a device without threads
+
+DEVICES = sorted(CATALOG)
+
+
+def rules() -> list[tuple[str, Rule]]:
+    return [(device, rule) for device in DEVICES for rule in load(device, CATALOG[device].slots()).rules]
+
+
+def test_every_policy_file_belongs_to_a_device_or_is_shared() -> None:
+    assert {p.stem for p in DIRECTORY.glob("*.policy")} == {*DEVICES, "base"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_linter_finds_nothing(device: str) -> None:
+    assert [d.render() for d in commands.check([device], CATALOG[device].slots())] == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_without_threads_needs_few_system_calls(device: str) -> None:
+    calls = set(load(device, CATALOG[device].slots()).by_call())
+    assert "clone" not in calls
+    assert len(calls) <= BUDGET, f"{device} has grown to {len(calls)} system calls"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_everything_unlisted_dies(device: str) -> None:
+    policy = load(device, CATALOG[device].slots())
+    program, listed = compile_single(policy), policy.by_call()
+    for name, nr in SYSCALLS.items():
+        if name not in listed:
+            assert simulate(program, nr) == bpf.KILL_PROCESS, name
+    assert not NEVER & {name for name, rs in listed.items() if any(not r.errno for r in rs)}
+
+
+@pytest.mark.parametrize(("device", "rule"), rules(), ids=lambda x: x if isinstance(x, str) else x.name)
+def test_each_rule_passes_its_arguments_and_kills_each_mutated_one(device: str, rule: Rule) -> None:
+    program = compile_single(load(device, CATALOG[device].slots()))
+    nr = SYSCALLS[rule.name]
+    if not rule.clauses:
+        assert simulate(program, nr) == rule.action
+    for clause in rule.clauses:
+        good = [0] * 6
+        for arg in {a.arg for a in clause}:
+            atoms = [a for a in clause if a.arg == arg]
+            good[arg] = next(v for v in cells(atoms) if all(a.holds(v) for a in atoms))
+        assert simulate(program, nr, good) == bpf.ALLOW
+        for atom in clause:
+            for bit in range(64):
+                bad = list(good)
+                bad[atom.arg] ^= 1 << bit
+                expected = bpf.ALLOW if rule.applies(bad) else bpf.KILL_PROCESS
+                assert simulate(program, nr, bad) == expected
+            high = list(good)
+            high[atom.arg] |= 1 << 32
+            assert simulate(program, nr, high) == bpf.KILL_PROCESS
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_writes_only_to_descriptors_that_are_written(device: str) -> None:
+    entry = CATALOG[device]
+    slots, program = entry.slots(), compile_single(load(device, entry.slots()))
+    written = {d.name for d in entry.descriptors if d.kind != "input"} | {"log"}
+    read = {d.name for d in entry.descriptors if d.kind == "input"}
+    for fd in range(16):
+        name = next((n.removeprefix("FD_").lower() for n, slot in slots.items() if slot == fd), "")
+        assert (simulate(program, SYSCALLS["write"], [fd]) == bpf.ALLOW) is (name in written)
+        assert (simulate(program, SYSCALLS["read"], [fd]) == bpf.ALLOW) is (name in read)
