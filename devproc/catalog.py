@@ -126,7 +126,7 @@ CATALOG: Final[dict[str, Entry]] = {
             regions=(Region(Space.CONFIG, 4096, "configuration space"),),
         ),
         Entry(
-            "acpi-pm", "ACPI fixed hardware: PM1 event and control, PM timer", "devproc.devices.acpi_pm", "AcpiPm",
+            "acpi-pm", "ACPI PM1 event and control blocks, PM timer", "devproc.devices.acpi_pm", "AcpiPm",
             # The timer counts 32 bits, so the FADT sets TMR_VAL_EXT; there is no SMI_CMD: SCI_EN is always 1.
             regions=(Region(Space.PORT, 16, "PM1_STS 0, PM1_EN 2, PM1_CNT 4, PM_TMR 8"),),
             descriptors=(

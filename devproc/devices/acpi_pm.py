@@ -1,8 +1,7 @@
 """ACPI fixed hardware: PM1 event and control blocks and the power management timer.
 
-Spec: ACPI 6.5, sections 4.8.2 (timer), 4.8.3.1 (event registers) and 4.8.3.2 (control registers).  The timer has
-32 bits (the FADT's TMR_VAL_EXT) and there is no legacy mode: SCI_EN reads 1.  Left out: buttons, the RTC wake-up,
-bus master status and every sleep state but S5.
+Spec: ACPI 6.5, section 4.8.3.  The timer has 32 bits (the FADT's TMR_VAL_EXT) and there is no legacy mode:
+SCI_EN reads 1.  Left out: buttons, the RTC wake-up, bus master status and every sleep state but S5.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ class AcpiPm(Model):
 
     Threats:
         1. The guest powers off over and over → each is one more edge of the same event, and counted.
-        2. The guest enables the timer's interrupt → it comes once per 2^31 ticks (ten minutes), and once until
-           the guest has cleared TMR_STS.
+        2. The guest enables the timer's interrupt → it comes at most once per 2^31 ticks (ten minutes).
         3. The guest selects another sleep state → ignored and counted.
     """
 

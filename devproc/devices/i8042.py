@@ -1,10 +1,10 @@
 """The two things a PC without a keyboard still asks of its 8042: the reset line and port B.
 
-Spec: IBM PC AT Technical Reference (1984), keyboard controller and system-board ports.  Left out: the controller.
-There is no keyboard, mouse or A20 gate, and a driver should find that out fast: the output buffer always looks
-full, so Linux's i8042_flush() gives up after 16 bytes with "No controller found" instead of waiting seconds for a
-self-test; the input buffer always looks empty, so `reboot=k` never waits.  Where a PIT process owns port B (0x61),
-the supervisor routes that port there and not here.
+Spec: IBM PC AT Technical Reference (1984), keyboard controller and system-board ports.  Left out: the
+controller.  There is no keyboard, mouse or A20 gate, and a driver should find that out fast: the output
+buffer always looks full, so Linux's i8042_flush() gives up after 16 bytes with "No controller found"
+instead of waiting seconds for a self-test; the input buffer always looks empty, so `reboot=k` never waits.
+Where a PIT process owns port B (0x61), the supervisor routes that port there and not here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The host bridge's configuration space, function 0:0.0: an Intel 440FX (82441FX data sheet, order 290549; PCI
-Local Bus Specification 3.0, section 6.2).
+"""The host bridge's configuration space, function 0:0.0 (PCI Local Bus Specification 3.0, section 6.2).
 
-It is what makes a guest believe that configuration mechanism #1 works: Linux looks for a host bridge class or
-Intel's vendor id.  Left out: everything the chip configures (DRAM rows, PAM, caching).  The 0xcf8 latch belongs
-to the supervisor's bus.
+It carries the ids and the command and status bits of an Intel 440FX (82441FX data sheet, order 290549).  It
+is what makes a guest believe that configuration mechanism #1 works: Linux looks for a host bridge class or
+Intel's vendor id.  Left out: everything that chip configures (DRAM rows, PAM, caching).  The 0xcf8 latch
+belongs to the supervisor's bus.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PciHost(Model):
     """The function's registers; it receives no ports.
 
     Threats:
-        1. The guest writes anything anywhere → only bits the table calls writable change, and they do nothing.
+        1. The guest writes anything anywhere → only the table's writable bits change, and they do nothing.
         2. The guest accesses past 256 bytes, or across the end → reads 0; a PCI function has no more.
     """
 
@@ -35,19 +35,15 @@ class PciHost(Model):
             Space.CONFIG,
             4096,
             (
-                Register(
-                    "VID", 0x00, "RO", "vendor: Intel", "PCI 3.0 6.2.1", size=2, reset=0x8086, stored=True
-                ),
-                Register(
-                    "DID", 0x02, "RO", "device: 82441FX", "PCI 3.0 6.2.1", size=2, reset=0x1237, stored=True
-                ),
+                Register("VID", 0x00, "RO", "vendor: Intel", "6.2.1", size=2, reset=0x8086, stored=True),
+                Register("DID", 0x02, "RO", "device: 82441FX", "6.2.1", size=2, reset=0x1237, stored=True),
                 # Memory space and bus master are wired on; parity and SERR# reporting can be switched.
                 Register(
                     "PCICMD",
                     0x04,
                     "RW",
                     "command",
-                    "PCI 3.0 6.2.2",
+                    "6.2.2",
                     size=2,
                     reset=0x0006,
                     mask=0x0140,
@@ -59,27 +55,25 @@ class PciHost(Model):
                     0x06,
                     "W1C",
                     "status",
-                    "PCI 3.0 6.2.3",
+                    "6.2.3",
                     size=2,
                     reset=0x0280,
                     mask=0xF100,
                     stored=True,
                 ),
-                Register("RID", 0x08, "RO", "revision", "PCI 3.0 6.2.1", reset=0x02, stored=True),
+                Register("RID", 0x08, "RO", "revision", "6.2.1", reset=0x02, stored=True),
                 Register(
                     "CLASSC_SUB",
                     0x0A,
                     "RO",
                     "subclass: host bridge",
-                    "PCI 3.0 6.2.1",
+                    "6.2.1",
                     reset=0x00,
                     stored=True,
                 ),
-                Register(
-                    "CLASSC_BASE", 0x0B, "RO", "base class: bridge", "PCI 3.0 6.2.1", reset=0x06, stored=True
-                ),
-                Register("MLT", 0x0D, "RW", "master latency timer", "PCI 3.0 6.2.4", mask=0xF8, stored=True),
-                Register("HEADT", 0x0E, "RO", "header type 0, one function", "PCI 3.0 6.2.1", stored=True),
+                Register("CLASSC_BASE", 0x0B, "RO", "base class: bridge", "6.2.1", reset=0x06, stored=True),
+                Register("MLT", 0x0D, "RW", "master latency timer", "6.2.4", mask=0xF8, stored=True),
+                Register("HEADT", 0x0E, "RO", "header type 0, one function", "6.2.1", stored=True),
             ),
             hole=0x00,
         ),

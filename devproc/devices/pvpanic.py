@@ -37,11 +37,7 @@ class PvPanic(Model):
         Table(
             Space.PORT,
             1,
-            (
-                Register(
-                    "EVENT", 0, "RW", "events: panicked, crashloaded", "pvpanic ISA device", reset=SUPPORTED
-                ),
-            ),
+            (Register("EVENT", 0, "RW", "events: panicked, crashloaded", "ISA device", reset=SUPPORTED),),
         ),
     )
 

@@ -82,7 +82,7 @@ class Serial(Model):
         1. The guest transmits faster than the host drains → 16 bytes wait, later ones are lost and counted.
         2. The guest never reads → at most 16 bytes are taken from the input, the rest stays on the host.
         3. The guest loops its output back → the overrun sets OE; the FIFO stays at 16 bytes.
-        4. The guest wants every interrupt → an edge takes an access, an input byte or a time-out; none repeats.
+        4. The guest wants every interrupt → each edge takes an access, an input byte or a time-out.
         5. The guest sets a divisor of 0 or 1 → a time-out is at least 4 characters of 7 bits at 115200 baud
            away, and comes at most once per byte received or read.
     """
