@@ -13,7 +13,7 @@ from typing import Annotated, Final
 from devproc import state
 from devproc.ports import Clock, Signal
 from devproc.regs import Model, Register, Table
-from devproc.state import I64, U8, U16, Length, Range
+from devproc.state import I64, U8, U16, U64, Length, Range
 from devproc.wire import Space
 
 PIT_HZ: Final = 1_193_182
@@ -32,8 +32,8 @@ PORTB_GATE2, PORTB_SPKR, PORTB_REFRESH, PORTB_OUT2 = 0x01, 0x02, 0x10, 0x20
 class Counter:
     """One counter.  Times are nanoseconds of the clock, counts are ticks.
 
-    `loaded` is the count being counted down (the counting element's first value) since `start_ns`; `reload` is
-    the count register; `null` says that `reload` has not been loaded yet.  In modes 2 and 3 it will be at
+    `loaded` is the count being counted down (the counting element's first value) since `start_ns`; `reload`
+    is the count register; `null` says that `reload` has not been loaded yet.  In modes 2 and 3 it will be at
     `switch_ns`, the end of the period, in modes 1 and 5 on the next trigger.  While GATE stops the counter
     `frozen` is how far it got.
     """
@@ -76,7 +76,7 @@ class Counter:
         if self.rw == BOTH and self.first_byte is None:
             self.first_byte = data
             if self.mode == 0:  # the first byte stops the count and takes OUT low
-                self.loaded = None
+                self.loaded = self.frozen = None
             return
         raw = data if self.rw == LSB else data << 8
         if self.first_byte is not None:
@@ -250,8 +250,8 @@ class Pit(Model):
     Threats:
         1. The guest asks for an interrupt every tick or two → periodic interrupts are at least 200 µs apart.
         2. The process was not run for a while → ticks missed are one interrupt, and counted.
-        3. The guest writes counts and control words in any order, in halves, in BCD that is none → every count
-           is between 1 and 65536 ticks, and work per access is constant.
+        3. The guest writes counts and control words in any order, in halves, in BCD that is none → every
+           count is between 1 and 65536 ticks, and the work per access is constant.
     """
 
     TABLES = (
@@ -259,11 +259,9 @@ class Pit(Model):
             Space.PORT,
             4,
             (
-                Register("COUNTER0", 0, "RW", "count: interrupt 0", "read/write operations", via="COUNTER"),
-                Register(
-                    "COUNTER1", 1, "RW", "count: memory refresh", "read/write operations", via="COUNTER"
-                ),
-                Register("COUNTER2", 2, "RW", "count: speaker", "read/write operations", via="COUNTER"),
+                Register("COUNTER0", 0, "RW", "count: interrupt 0", "programming", via="COUNTER"),
+                Register("COUNTER1", 1, "RW", "count: memory refresh", "programming", via="COUNTER"),
+                Register("COUNTER2", 2, "RW", "count: speaker", "programming", via="COUNTER"),
                 Register("CONTROL", 3, "WO", "control word, latch, read-back", "control word format"),
             ),
         ),

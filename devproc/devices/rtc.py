@@ -71,8 +71,8 @@ class Rtc(Model):
         mem_below_4g, mem_above_4g: bytes of RAM, for the memory size bytes.
 
     Threats:
-        1. The guest asks for 8192 interrupts a second → each needs a read of register C after the last one, and
-           there is at most one in 122 µs.
+        1. The guest asks for 8192 interrupts a second → each needs a read of register C after the last one,
+           and there is at most one in 122 µs.
         2. The guest sets an impossible time or alarm → the time is brought into range, the alarm never rings.
         3. The guest sets the time to either end of the calendar → it stays within the years 1 and 9999.
         4. The wall clock jumps by years → finding the next alarm takes a bounded number of steps.
