@@ -5,6 +5,7 @@ Left out: the mailbox, which will carry the same messages for the hot spaces (DE
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import select
@@ -122,8 +123,8 @@ def _fail(control: Channel | None, why: str) -> None:
     if control is None:
         _log(why + "\n")
         return
-    control.sock.setblocking(False)  # a supervisor that does not read must not keep us alive
-    control.send(Failed(why[:TEXT_MAX]))
+    with contextlib.suppress(OSError):  # a supervisor that is gone, or does not read, must not keep us alive
+        control.sock.send(encode(Failed(why[:TEXT_MAX])), socket.MSG_DONTWAIT)
 
 
 class Server:

@@ -321,7 +321,8 @@ def _launch(
         link.send(_MAP)
         answer = link.recv(16)
         if answer != _MAPPED:
-            raise OSError(struct.unpack("=i", answer)[0], "the zygote may not map the ids")
+            err = struct.unpack("=i", answer)[0]
+            raise OSError(err, f"mapping the ids: {os.strerror(err)}")
 
     try:
         model = child.load(entry)  # with the caller's ids, which can read it; the device's own may not

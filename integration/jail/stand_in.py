@@ -6,6 +6,7 @@ the rights of whoever runs the tests.
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import socket
@@ -19,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from devproc import jail, wire, zygote
+from devproc import jail, syscalls, wire, zygote
 from devproc.catalog import CATALOG, Descriptor, Entry, Region
 from devproc.channel import Channel, ChannelClosed
 from devproc.violations import read_violation
@@ -47,16 +48,30 @@ class StandIn:
 
     def __init__(self) -> None:
         CATALOG["hostile"] = HOSTILE
+        if os.geteuid() == 0:  # an attempt to mount that succeeds, without a jail, must not reach the host
+            syscalls.unshare(syscalls.CLONE_NEWNS)
+            syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
         jail.adopt_orphans()
         self.zygote = zygote.start(filters)
         self.devices: dict[str, dict[str, Any]] = {}
+        memory = os.memfd_create("guest-memory")
+        os.truncate(memory, 1 << 20)
+        self.guest = mmap.mmap(memory, 1 << 20)
 
     def pids(self) -> list[int]:
         return [self.zygote.pid, *(d["pid"] for d in self.devices.values())]
 
     def spawn(
-        self, device: str, name: str, mode: str = "full", host_id: int = 0, params: tuple[int, ...] = ()
+        self,
+        device: str,
+        name: str,
+        mode: str = "full",
+        host_id: int = 0,
+        params: tuple[int, ...] = (),
+        withhold: int = 0,
+        ask_for: str = "",
     ) -> dict[str, Any]:
+        """Start `device` and wait for it; `withhold` descriptors or `ask_for` another to get it wrong."""
         started = time.perf_counter_ns()
         entry = CATALOG[device]
         log_ours, log = os.pipe()
@@ -76,7 +91,8 @@ class StandIn:
                     given.append(theirs)
                     kept.append(ours)
         fds = [log, access.fileno(), control.fileno(), *given]
-        pid = self.zygote.spawn(device, name, fds, host_id=host_id, mode=jail.Mode(mode), params=params)
+        fds = fds[: len(fds) - withhold]
+        pid = self.zygote.spawn(ask_for or device, name, fds, host_id=host_id, mode=jail.Mode(mode), params=params)
         for fd in (log, *given):
             os.close(fd)
         access.close()
@@ -114,7 +130,7 @@ class StandIn:
             assert violation.pid == d["pid"]
             self.kill(name)
             return ("violation", violation.nr, violation.args)
-        return ("silence",)
+        return ("died", *self.reap(name)) if ready else ("silence",)
 
     def write(self, name: str, offset: int, data: int, space: int = 0) -> None:
         self.devices[name]["access"].send(wire.encode(wire.Write(space, offset, 1, data, True)))
@@ -129,10 +145,12 @@ class StandIn:
         except ChannelClosed:
             return "closed"
 
-    def ask(self, name: str, message: wire.Message) -> wire.Message:
+    def ask_ping(self, name: str) -> int:
         channel: Channel = self.devices[name]["control"]
-        channel.send(message)
-        return channel.recv()
+        channel.send(wire.Ping(7))
+        answer = channel.recv()
+        assert isinstance(answer, wire.Pong)
+        return answer.token
 
     def log(self, name: str) -> str:
         fd = self.devices[name]["log"]

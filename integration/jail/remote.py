@@ -1,0 +1,50 @@
+"""Drives a `stand_in.StandIn` in another process, as root or as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ORDINARY = 1000
+
+
+class Remote:
+    """Calls the methods of a `stand_in.StandIn` in another process."""
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+        self.pipe, theirs = Pipe()
+        command = [sys.executable, str(HERE / "stand_in.py"), str(theirs.fileno())]
+        if who == "user" and os.geteuid() == 0:
+            ids = [f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups"]
+            command = ["setpriv", *ids, *command]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.pid: int = self.pipe.recv()
+
+    def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self.pipe.send((method, args, kwargs))
+        ok, answer = self.pipe.recv()
+        if not ok:
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.wait(10)
+
+
+def start(who: str) -> Remote:
+    if who == "root" and os.geteuid() != 0:
+        pytest.skip("needs root")
+    if who == "user" and os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("setpriv (util-linux) is needed to become an ordinary user")
+    return Remote(who)
