@@ -58,10 +58,10 @@ def build(
     isa = [irq for irq in range(16) if irq != _CASCADE and irq not in pci_gsis]
     entries = [
         *(
-            _PROCESSOR.pack(0, apic_id, _APIC_VERSION, flags, signature, features)
-            for apic_id, flags in zip(
-                apic_ids, [_CPU_ENABLED | _CPU_BOOTSTRAP] + [_CPU_ENABLED] * (len(apic_ids) - 1), strict=True
+            _PROCESSOR.pack(
+                0, apic_id, _APIC_VERSION, _CPU_ENABLED | (not i) * _CPU_BOOTSTRAP, signature, features
             )
+            for i, apic_id in enumerate(apic_ids)
             if apic_id < _ALL_APICS
         ),
         _BUS.pack(1, _PCI_BUS, b"PCI   "),
