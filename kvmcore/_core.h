@@ -2,7 +2,7 @@
  * #defines only; the C compiler checks _core.c against it. */
 #include <stdint.h>
 
-#define CORE_DEVICES_MAX 1024
+#define CORE_DEVICES_MAX 256
 
 /* What a range of the io or mmio bus does. */
 #define ROUTE_DEVICE 0 /* a device process: `index`, `space`, `base_offset` */

@@ -11,7 +11,7 @@ import enum
 import mmap
 import os
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
 from kvmcore._core import ffi, lib
@@ -128,7 +128,13 @@ class Core:
                 are then as they were.
         """
         buses = [sorted(bus, key=lambda r: r.start) for bus in (pio, mmio)]
-        tables = [ffi.new("struct core_route[]", [astuple(route) for route in bus]) for bus in buses]
+        tables = [
+            ffi.new(
+                "struct core_route[]",
+                [(r.start, r.size, r.kind, r.index, r.space, r.base_offset) for r in bus],
+            )
+            for bus in buses
+        ]
         at = lib.core_set_routes(self._core, tables[0], len(buses[0]), tables[1], len(buses[1]))
         if at == lib.ROUTES_NO_MEMORY:
             raise MemoryError("routes")

@@ -197,8 +197,7 @@ class DualPic:
     """Master and slave as a PC wires them; its caller serializes.
 
     Threats:
-        1. guest writes any bytes in any order -> every register is masked to eight bits, nothing loops.
-        2. guest accesses with another size -> each byte is its own port, as on an 8-bit bus.
+        1. guest writes any bytes in any order -> every register stays within eight bits, nothing loops.
     """
 
     def __init__(self) -> None:
@@ -235,6 +234,12 @@ class DualPic:
 
     def _cascade(self) -> None:
         self._master.set_line(_CASCADE, self._slave.intr)
+
+    def masked(self, irq: int) -> bool:
+        """Whether the guest keeps IRQ 0 to 15 from interrupting, itself or by way of the cascade."""
+        if irq >= 8:
+            return bool(self._slave.imr >> irq - 8 & 1) or self.masked(_CASCADE)
+        return bool(self._master.imr >> irq & 1)
 
     @property
     def intr(self) -> bool:
