@@ -8,7 +8,7 @@ Exit status: COMMAND's (128 + N when signal N ended it), 124 out of time, 125 th
 and the end of its console, on stderr), 130 interrupted, 141 nobody reads the output.
 
 Needs the Debian packages qemu-system-x86 and busybox-static, and apt-get to download linux-image-amd64, which
-is unpacked in ~/.cache/vmsup (or $VMSUP_CACHE) and never installed.  The first run takes some 20 s, later ones
+is unpacked in ~/.cache/vmsup (or VMSUP_CACHE), never installed.  The first run takes some 20 s, later ones
 2 s more than the command.
 """
 

@@ -93,8 +93,8 @@ def tsc_khz() -> int:
     return (tsc1 - tsc0) * 1_000_000 // (ns1 - ns0)
 
 
-def _die_with(parent: int) -> None:
-    """In the child, before exec."""
+def die_with(parent: int) -> None:
+    """For Popen's `preexec_fn`: a session of its own, which dies when process `parent` does."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it died before the line above
@@ -151,7 +151,7 @@ class Qemu:
             command,
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
             pass_fds=[self._console, *(s.fileno() for s in theirs)],
-            preexec_fn=functools.partial(_die_with, os.getpid()),  # noqa: PLW1509  no threads here
+            preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509  no threads here
         )  # fmt: skip
         for s in theirs:
             s.close()

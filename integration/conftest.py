@@ -1,0 +1,191 @@
+"""Where tests marked `linux` run, and how many guests booted on which KVM.
+
+Stock kernels need hardware virtualization.  On a machine without it, all `linux` tests of a session run in
+one testbed machine, by a second pytest there whose reports are replayed here as they come: the same command,
+summary and exit status everywhere.  Reports are JSON lines on that pytest's descriptor REPORT_FD.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from integration.boot import images
+from integration.testbed import debian
+from integration.testbed.qemu import die_with
+
+REPORT_FD = 3
+TESTBED_TIMEOUT_S = 1500
+_REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest
+if _REPORTING:
+    os.set_inheritable(REPORT_FD, False)
+
+_BOOTED = "booted on"
+
+
+def hardware_kvm() -> bool:
+    """Whether /dev/kvm is usable and can run a stock kernel: the CPU has VMX or SVM (real, or QEMU's)."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return os.access("/dev/kvm", os.R_OK | os.W_OK) and bool(flags & {"vmx", "svm"})
+
+
+def kvm_name() -> str:
+    """Which KVM a guest started here runs on."""
+    hardware = "" if hardware_kvm() else ", no hardware virtualization"
+    return os.environ.get("VMSUP_TESTBED", f"the local /dev/kvm{hardware}")
+
+
+@pytest.fixture
+def booted(record_property: Callable[[str, object], None]) -> Callable[[], None]:
+    """To be called once for each guest that has come up; the session's summary counts them."""
+    return lambda: record_property(_BOOTED, kvm_name())
+
+
+class Testbed:
+    """A pytest in the testbed that runs `nodeids`; its reports, in whatever order they come."""
+
+    def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
+        self._config = config
+        self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
+        run = Path(__file__).parent / "testbed/run"
+        far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *nodeids]
+        shell = ["sh", "-c", f'exec {REPORT_FD}>&1 >&2 "$@"', "sh", *far]
+        self._process = subprocess.Popen(
+            [run, "--timeout", str(TESTBED_TIMEOUT_S), "--", *shell],
+            cwd=config.rootpath,
+            env={**os.environ, "VMSUP_REPORTING": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509  no threads here
+        )
+
+    def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """The reports of `item`'s set-up, call and tear-down; one failure when the testbed ended before."""
+        assert self._process.stdout is not None
+        got = self._reports.setdefault(item.nodeid, [])
+        while not (got and got[-1].when == "teardown"):
+            line = self._process.stdout.readline()
+            if not line:
+                return [*got, _report(item, "failed", self._why_it_ended())]
+            data = json.loads(line)
+            report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
+            if isinstance(report.longrepr, list):
+                report.longrepr = tuple(report.longrepr)  # a skip's (path, line, reason), before JSON
+            self._reports.setdefault(report.nodeid, []).append(report)
+        return got
+
+    def _why_it_ended(self) -> str:
+        status = self._process.wait()
+        self._output.seek(0)
+        tail = self._output.read().decode(errors="replace").splitlines()[-40:]
+        return "\n".join([f"the testbed ended (exit status {status}) before this test did", *tail])
+
+    def close(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._output.close()
+
+
+class Unavailable:
+    """In place of a testbed that cannot be had: everything is skipped, with the reason."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
+        return [_report(item, "skipped", (str(item.path), item.location[1], f"Skipped: {self._reason}"))]
+
+    def close(self) -> None:
+        pass
+
+
+def _report(item: pytest.Item, outcome: str, longrepr: object) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")  # type: ignore[arg-type]
+
+
+_testbed = pytest.StashKey[Testbed | Unavailable]()
+
+
+def _runs_elsewhere(item: pytest.Item) -> bool:
+    return item.get_closest_marker("linux") is not None and not hardware_kvm()
+
+
+def _start(session: pytest.Session) -> Testbed | Unavailable:
+    try:
+        debian.tool("qemu-system-x86_64", "qemu-system-x86")
+        debian.tool("busybox", "busybox-static")
+        for package in (images.GENERIC, images.CLOUD):  # L1 has no network
+            images.kernel(package)
+    except images.TestbedError as e:
+        return Unavailable(f"/dev/kvm cannot run stock kernels here, and the testbed cannot be had: {e}")
+    return Testbed(session.config, [item.nodeid for item in session.items if _runs_elsewhere(item)])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_runs_elsewhere)  # last: they have the machine to themselves
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if not _runs_elsewhere(item):
+        return None
+    stash = item.config.stash
+    if _testbed not in stash:
+        stash[_testbed] = _start(item.session)
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in stash[_testbed].reports(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if _REPORTING:
+        session.config.pluginmanager.register(Reporter(session.config))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if testbed := config.stash.get(_testbed, None):
+        testbed.close()
+
+
+class Reporter:
+    """The second pytest's half: every report, as it comes, to REPORT_FD."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        line = json.dumps(data).encode() + b"\n"
+        while line:
+            line = line[os.write(REPORT_FD, line) :]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [
+        r for kind in terminalreporter.stats.values() for r in kind if isinstance(r, pytest.TestReport)
+    ]
+    kvms = [
+        value for r in reports if r.when == "call" for name, value in r.user_properties if name == _BOOTED
+    ]
+    terminalreporter.section("guests booted")
+    for kvm, count in Counter(kvms).items():
+        terminalreporter.write_line(f"{count} on {kvm}")
+    if not kvms:
+        terminalreporter.write_line("none")
