@@ -7,15 +7,17 @@ are all ones, writes vanish, both counted by the exit loop.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from devproc.wire import Space
 from kvmcore.errors import ConfigError
 from kvmcore.exitloop import Core, Route
+from supervisor.pcishadow import Mapping
 
 
 class Handler(Protocol):
@@ -23,6 +25,14 @@ class Handler(Protocol):
 
     def read(self, offset: int, size: int) -> int: ...
     def write(self, offset: int, size: int, data: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """A Handler made of two functions."""
+
+    read: Callable[[int, int], int]
+    write: Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,20 @@ class Buses:
         self._core = core
         self.io = Bus("io", io_size)
         self.mmio = Bus("mmio", mmio_size)
+
+    def place_bars(self, owner: str, index: int, mappings: Sequence[Mapping]) -> None:
+        """Put the BARs of function `owner`, device number `index`, where the guest has moved them.
+
+        A BAR that the guest has put on top of something else is not decoded at all: the others stay.
+        """
+        for bus, wanted in ((self.io, "io"), (self.mmio, "mem")):
+            bus.replace(owner, ())
+            for m in mappings:
+                if m.bar.kind.startswith(wanted):
+                    target = DeviceTarget(index, Space(Space.BAR0 + m.bar.index))
+                    with contextlib.suppress(ConfigError):
+                        bus.insert(Claim(m.base, m.bar.size, owner, target))
+        self.publish()
 
     def publish(self) -> None:
         """Swap the exit loop's table for what is claimed now."""

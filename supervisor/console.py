@@ -30,6 +30,14 @@ class Console:
     relay: Relay | None = None
     note: str | None = None  # where to connect, for the user
 
+    def close(self) -> None:
+        os.close(self.input)
+        os.close(self.output)
+        if self.keyboard is not None:
+            os.close(self.keyboard.sink)
+        if self.relay is not None:
+            self.relay.close()
+
 
 def _null() -> int:
     return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

@@ -62,7 +62,7 @@ def _serve(sock: socket.socket) -> None:
     os.setsid()  # a signal to the supervisor's process group is not for us
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU, signal.SIGPIPE):
         signal.signal(s, signal.SIG_IGN)
-    jail.set_process_title("janitor")
+    jail.title("janitor")
     os.closerange(3, sock.fileno())
     os.closerange(sock.fileno() + 1, 1 << 16)
     null = os.open(os.devnull, os.O_RDWR)

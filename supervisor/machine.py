@@ -10,6 +10,8 @@ from typing import Final
 
 from devproc.catalog import CATALOG, Entry
 from devproc.wire import Scalar, Space
+from kvmcore import acpi, layout
+from kvmcore.mptable import PciInterrupt
 from supervisor.config import RunConfig
 
 SERIAL_BASES: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
@@ -51,6 +53,46 @@ class Instance:
     params: tuple[Scalar, ...] = ()
     pci_slot: int | None = None  # bus 0, function 0 of this device number
     serial_num: int | None = None
+
+
+_PCI_GSIS: Final = (5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+_PCI_SLOTS: Final = 32
+_INTA: Final = 0
+
+
+def pci_interrupts() -> tuple[PciInterrupt, ...]:
+    """How the slots of bus 0 are wired, whether they are taken or not: INTA of each, over the free lines."""
+    return tuple(
+        PciInterrupt(slot, _INTA, _PCI_GSIS[(slot - 1) % len(_PCI_GSIS)]) for slot in range(1, _PCI_SLOTS)
+    )
+
+
+def acpi_machine(config: RunConfig, mem_size: int, ecam_buses: int) -> acpi.Machine:
+    """What the ACPI tables say of the machine; `mem_size` in bytes."""
+    isa = [
+        acpi.IsaDevice(f"COM{n}", acpi.SERIAL_HID, SERIAL_BASES[n - 1], 8, SERIAL_GSIS[n - 1], n)
+        for n in range(1, 5)
+    ]
+    isa += [
+        acpi.IsaDevice("RTC", acpi.RTC_HID, RTC_BASE, 2, RTC_GSI),
+        acpi.IsaDevice("TIMR", acpi.PIT_HID, PIT_BASE, 4, PIT_GSI),
+        acpi.IsaDevice("PEVT", acpi.PVPANIC_HID, PVPANIC_BASE, 1),
+    ]
+    high = layout.high_mmio(mem_size)
+    return acpi.Machine(
+        apic_ids=tuple(range(config.cpus)),
+        pm_port=ACPI_PM_BASE,
+        sci_gsi=SCI_GSI,
+        reset_port=I8042_BASE + 4,
+        reset_value=0xFE,
+        isa_devices=tuple(isa),
+        pci_config_port=PCI_CONFIG_BASE,
+        pci_io=(layout.PCI_IO, layout.PCI_IO_SIZE),
+        pci_mmio=(layout.PCI_MMIO, layout.PCI_MMIO_SIZE),
+        pci_high_mmio=(high, layout.HIGH_MMIO_SIZE),
+        pci_interrupts=pci_interrupts(),
+        ecam_buses=ecam_buses,
+    )
 
 
 def instances(config: RunConfig, mem_below_4g: int, mem_above_4g: int) -> tuple[Instance, ...]:

@@ -9,6 +9,7 @@ Left out: bridges and buses other than 0.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +19,6 @@ COMMAND_IO, COMMAND_MEMORY = 0x1, 0x2
 BAR0 = 0x10
 _BARS = 6
 CONFIG_SIZE = 256
-ECAM_FUNCTION_SIZE = 4096
-ECAM_BUS_SIZE = 1 << 20  # 32 devices of 8 functions
 _ENABLE = 1 << 31
 
 
@@ -92,12 +91,13 @@ class PciBus:
     """Bus 0: configuration mechanism #1 at 0xcf8, and ECAM.
 
     Args:
-        remap: called with the device number after a write that moved a BAR.
+        remap: called with the device number and its mappings after a write that moved a BAR.
     """
 
-    def __init__(self, remap: Callable[[int], None]) -> None:
+    def __init__(self, remap: Callable[[int, tuple[Mapping, ...]], None]) -> None:
         self._functions: dict[int, tuple[ConfigSpace, FunctionShadow]] = {}
         self._remap = remap
+        self._lock = threading.Lock()  # a vCPU must not remap while another does
         self._address = 0
         self.absent = 0  # accesses to functions that do not exist
 
@@ -105,9 +105,6 @@ class PciBus:
         """Function 0 of device `slot` (0..31)."""
         assert slot not in self._functions and 0 <= slot < 32
         self._functions[slot] = (owner, shadow)
-
-    def shadow(self, slot: int) -> FunctionShadow:
-        return self._functions[slot][1]
 
     def port_read(self, offset: int, size: int) -> int:
         """0xcf8..0xcff.  CONFIG_ADDRESS is a 32-bit register: narrower accesses to it are not decoded."""
@@ -143,9 +140,10 @@ class PciBus:
             self.absent += 1
             return
         owner, shadow = found
-        owner.config_write(offset, size, data)
-        if shadow.write(offset, size, data):
-            self._remap(bdf >> 3)
+        with self._lock:
+            owner.config_write(offset, size, data)
+            if shadow.write(offset, size, data):
+                self._remap(bdf >> 3, shadow.mappings())
 
     def _function(self, bdf: int) -> tuple[ConfigSpace, FunctionShadow] | None:
         """`bdf`: bus << 8 | device << 3 | function."""

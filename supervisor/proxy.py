@@ -14,24 +14,32 @@ import socket
 import time
 from collections.abc import Callable
 
-from devproc import violations, wire
-from devproc.wire import Conversation, PeerError, Sender, Space
+from devproc import jail, violations, wire, zygote
+from devproc.channel import ChannelClosed
+from devproc.wire import PeerError, Space
 from kvmcore.exitloop import Core, DeviceGone
-from policies import syscalls
+from policies.syscalls import NAMES
 from supervisor.machine import Instance
 from supervisor.reaper import DeviceDied
 
-_LOG_LINE_MAX = 4096
 PING_EVERY_S = 1.0
+CLOSED = "closed its control channel"
+_READY_WITHIN_S = 30.0
+_LOG_LINE_MAX = 4096
+_WARNING = 30  # the logging levels of wire.Log
 
 
 class Proxy:
-    """One device process; `pid` as we see it.
+    """One device process.
+
+    Attributes:
+        pid: as we see it.
+        index: its number in the exit loop, which owns the access channel from here on.
+        log: the read end of its standard error; `log_open` is false after end of file.
+        listener: where the kernel holds calls that its policy forbids.
+        reaped: it is gone, and its pid may be somebody else's.
 
     Args:
-        core: the exit loop, which owns the access channel from here on.
-        access, control: our ends of the two channels.
-        log: the read end of its standard error.
         say: takes (name, line) for every line the device logs.
     """
 
@@ -49,23 +57,46 @@ class Proxy:
         self.instance = instance
         self.name = instance.name
         self.pid = pid
-        self.access = access
-        self.control = control
         self.log = log
-        self.listener: int | None = None
         self.log_open = True
+        self.listener: int | None = None
         self.reaped = False
         self.counters: dict[str, int] = {}
+        self.control = zygote.control_channel(control)
+        self._access = access
         self._core = core
         self._timeout_s = timeout_s
         self._say = say
         self._log_rest = b""
-        self._talk = Conversation(wire.CONTROL_TABLE, "start", Sender.SUPERVISOR)
         self._token = 0
-        self._asked_at_s = time.monotonic()
+        self._asked_at_s = 0.0
         self.index = core.add_device(access.fileno())
-        control.setblocking(False)
         os.set_blocking(log, False)
+
+    def await_ready(self, mode: jail.Mode) -> None:
+        """Until the process is sealed in its jail and serves.
+
+        Raises:
+            DeviceDied: it failed, died, or took longer than 30 s.
+        """
+        self.control.sock.settimeout(_READY_WITHIN_S)
+        try:
+            greeting = zygote.await_ready(self.control, self.instance.entry.name, mode)
+        except TimeoutError:
+            raise DeviceDied(self.name, f"not ready after {_READY_WITHIN_S:g} s") from None
+        except ChannelClosed:
+            self.on_log()
+            raise DeviceDied(self.name, "died before it was ready") from None
+        except PeerError as e:
+            raise DeviceDied(self.name, f"broke the protocol: {e}") from None
+        except zygote.SpawnError as e:
+            raise DeviceDied(self.name, str(e)) from None
+        self.control.sock.setblocking(False)
+        self.listener = greeting.listener
+        for level, text in greeting.notes:
+            if level >= _WARNING:
+                self._say(self.name, text)
+        self._asked_at_s = time.monotonic()
 
     # -- register accesses from Python (configuration space; everything else goes through the exit loop)
 
@@ -85,68 +116,40 @@ class Proxy:
 
     # -- the control channel
 
-    @property
-    def ready(self) -> bool:
-        return self._talk.state not in ("start", "greeted", "sealed")
-
     def on_control(self) -> None:
-        """Take one frame.
+        """Take one message.
 
         Raises:
             DeviceDied: end of file, nonsense, or the device says that it failed.
         """
         try:
-            frame = self._receive()
+            self._take(self.control.recv())
         except BlockingIOError:
-            return
-        except OSError as e:
-            raise DeviceDied(self.name, f"control channel: {e.strerror}") from None
-        if not frame:
-            raise DeviceDied(self.name, "closed its control channel")
-        try:
-            message = wire.decode(frame)
-            self._talk.advance(Sender.DEVICE, message)
-            self._take(message)
+            pass
+        except ChannelClosed:
+            raise DeviceDied(self.name, CLOSED) from None
         except PeerError as e:
             raise DeviceDied(self.name, f"broke the protocol: {e}") from None
 
-    def _receive(self) -> bytes:
-        if self._talk.state != "greeted" or self.listener is not None:
-            # No ancillary room: descriptors in a frame are dropped by the kernel.
-            return self.control.recv(wire.CONTROL_FRAME_MAX + 1)
-        frame, fds, _, _ = socket.recv_fds(self.control, wire.CONTROL_FRAME_MAX + 1, 1)
-        for fd in fds:
-            os.set_inheritable(fd, False)
-            if self.listener is None and frame == wire.encode(wire.Listener()):
-                self.listener = fd
-            else:
-                os.close(fd)
-        return frame
-
     def _take(self, message: wire.Message) -> None:
         match message:
-            case wire.Hello(version=version, device=device):
-                if version != wire.VERSION or device != self.instance.entry.name:
-                    raise PeerError(f"it says {device!r} version {version}")
-            case wire.Listener():
-                if self.listener is None:
-                    raise PeerError("Listener without a descriptor")
-            case wire.Pong(token=token):
+            case wire.Pong(token):
                 if token != self._token:
                     raise PeerError("Pong with another token")
-            case wire.Log(text=text):
+            case wire.Log(level, text) if level >= _WARNING:
                 self._say(self.name, text)
-            case wire.Failed(why=why):
+            case wire.Failed(why):
                 raise DeviceDied(self.name, why)
-            case wire.Counters(items=items):
+            case wire.Counters(items):
                 self.counters = dict(zip(items[::2], items[1::2], strict=False))  # type: ignore[arg-type]
 
     def _send(self, message: wire.Message) -> None:
-        self._talk.advance(Sender.SUPERVISOR, message)
         try:
-            self.control.send(wire.encode(message))
-        except OSError as e:
-            raise DeviceDied(self.name, f"control channel: {e.strerror}") from None
+            self.control.send(message)
+        except ChannelClosed:
+            raise DeviceDied(self.name, CLOSED) from None
+        except BlockingIOError:
+            raise DeviceDied(self.name, "hangs: it does not empty its control channel") from None
 
     def check_alive(self, now_s: float) -> None:
         """Ask for a sign of life now and then.
@@ -154,7 +157,7 @@ class Proxy:
         Raises:
             DeviceDied: the last question has gone unanswered for the deadline.
         """
-        if self._talk.state == "serving":
+        if self.control.state == "serving":
             if now_s - self._asked_at_s >= PING_EVERY_S:
                 self._token = (self._token + 1) & 0xFFFFFFFF
                 self._asked_at_s = now_s
@@ -183,15 +186,17 @@ class Proxy:
         """A system call that its policy does not allow is being held by the kernel: end the process.
 
         Raises:
-            DeviceDied: always, naming the call (unless the process died first and nothing is held).
+            DeviceDied: naming the call; not raised if the process is dead and nothing is held any more.
         """
         assert self.listener is not None
-        found = violations.read(self.listener)
-        if found is None:
-            return
-        self.kill()
-        name = syscalls.name(found.nr)
-        raise DeviceDied(self.name, f"killed for system call {found.nr} ({name}), which its policy forbids")
+        found = violations.read_violation(self.listener)
+        if found is not None:
+            self.kill()
+            name = NAMES.get(found.nr, "unknown")
+            call = f"system call {found.nr} ({name})"
+            raise DeviceDied(self.name, f"killed for {call}, which its policy forbids")
+        os.close(self.listener)
+        self.listener = None
 
     # -- its end
 
@@ -208,7 +213,7 @@ class Proxy:
     def close(self) -> None:
         """Give back our descriptors."""
         self._core.mark_dead(self.index)
-        self.access.close()
+        self._access.close()
         self.control.close()
         for fd in (self.log, self.listener):
             if fd is not None:

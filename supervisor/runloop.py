@@ -16,7 +16,7 @@ from typing import Protocol
 
 from supervisor import ending, reaper
 from supervisor.ending import Ending
-from supervisor.proxy import PING_EVERY_S, Proxy
+from supervisor.proxy import CLOSED, PING_EVERY_S, Proxy
 from supervisor.reaper import DeviceDied
 from supervisor.terminal import Keyboard, Typed
 from supervisor.vcputhread import VcpuThread
@@ -94,23 +94,25 @@ class RunLoop:
         self._access_timeout_s = access_timeout_s
         self._zygote_pid = zygote_pid
         self._vcpus: list[VcpuThread] = []
-        self._ended, self._ended_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wakeup, self._wakeup_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._ending: Ending | None = None
+        self._lost: tuple[int, str] | None = None
 
     def end(self, how: Ending) -> None:
         """End the VM this way, unless it is ending already; callable from any thread."""
         if self._ending is None:
             self._ending = how
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the main thread look at everything again; callable from any thread."""
         with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self._ended_write, b".")
+            os.write(self._wakeup_write, b".")
 
     def device_gone(self, index: int, how: str) -> None:
         """The exit loop lost device number `index` in an access; callable from any thread."""
         self._lost = (index, how)
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self._ended_write, b".")
-
-    _lost: tuple[int, str] | None = None
+        self.wake()
 
     def run(self, vcpus: Sequence[VcpuThread]) -> Ending:
         """Start the vCPU threads and wait for the end; everything is stopped on return."""
@@ -153,10 +155,10 @@ class RunLoop:
         """Descriptor -> (poll events, what to do)."""
         actions: dict[int, tuple[int, Callable[[int, int], None]]] = {
             self._signals.fileno(): (select.POLLIN, self._signal),
-            self._ended: (select.POLLIN, self._wake),
+            self._wakeup: (select.POLLIN, self._woken),
         }
         for fd, _ in self._events:
-            actions[fd] = (select.POLLIN, self._wake)
+            actions[fd] = (select.POLLIN, self._woken)
         for proxy in self.proxies:
             actions[proxy.control.fileno()] = (select.POLLIN, self._control)
             if proxy.log_open:
@@ -173,7 +175,7 @@ class RunLoop:
                 actions[self._keyboard.fd] = (select.POLLIN, self._typed)
         return actions
 
-    def _wake(self, fd: int, got: int) -> None:
+    def _woken(self, fd: int, got: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(fd, 4096)
 
@@ -225,13 +227,13 @@ class RunLoop:
             while select.select([proxy.control], [], [], 0)[0]:
                 proxy.on_control()
         except DeviceDied as e:
-            if "closed its control channel" not in e.cause:
+            if e.cause != CLOSED:
                 return e
         return otherwise
 
     def _better_word(self, proxy: Proxy, first: DeviceDied) -> DeviceDied:
         """A lost connection is a symptom: wait a little for the reaper to say why."""
-        if proxy.reaped or "closed" not in first.cause:
+        if proxy.reaped or first.cause != CLOSED:
             return first
         until_s = time.monotonic() + _LAST_WORDS_S
         while time.monotonic() < until_s:
@@ -267,8 +269,8 @@ class RunLoop:
                 break
             if fate.over and fate.pid in self._by_pid:
                 self._by_pid[fate.pid].reaped = True
-        os.close(self._ended)
-        os.close(self._ended_write)
+        os.close(self._wakeup)
+        os.close(self._wakeup_write)
 
     def _drain(self, alive: Sequence[Proxy], until_s: float) -> None:
         """Keep relays moving while the devices leave by themselves."""

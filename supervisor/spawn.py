@@ -1,23 +1,20 @@
-"""Gives each device its descriptors, asks the zygote for its process, and waits until all serve."""
+"""Gives each device its descriptors and asks the zygote for its process, at the start and later."""
 
 from __future__ import annotations
 
 import os
-import select
 import socket
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from devproc.zygote import Zygote, ZygoteError
+from devproc import jail
+from devproc.zygote import SpawnError, Zygote
 from kvmcore.errors import VmsupError
 from kvmcore.exitloop import Core
 from supervisor.console import Console
 from supervisor.machine import Instance
 from supervisor.proxy import Proxy
-from supervisor.reaper import DeviceDied
 
-_READY_WITHIN_S = 30.0
 # Above systemd's container ranges; 64 devices for each of 2^22 supervisor pids, so no two VMs share one.
 _HOST_ID_BASE = 0x70000000
 
@@ -40,7 +37,7 @@ class Spawner:
 
     zygote: Zygote
     core: Core
-    jail: str
+    mode: jail.Mode
     timeout_s: float
     events: dict[str, int]
     consoles: dict[int, Console]
@@ -49,7 +46,7 @@ class Spawner:
     _count: int = 0
 
     def spawn(self, instance: Instance) -> Proxy:
-        """Ask for the process; `wait_ready` must follow.
+        """Ask for the process; `Proxy.await_ready` must follow, so that many get ready at once.
 
         Raises:
             VmsupError: the zygote could not make it.
@@ -61,16 +58,26 @@ class Spawner:
         fds += [self._descriptor(instance, d.name) for d in instance.entry.descriptors]
         try:
             pid = self.zygote.spawn(
-                instance.entry.name, instance.name, host_id(self._count), self.jail, instance.params, fds
+                instance.entry.name,
+                instance.name,
+                fds,
+                host_id=host_id(self._count),
+                mode=self.mode,
+                params=instance.params,
             )
-        except ZygoteError as e:
-            raise VmsupError(f"{instance.name}: {e}") from None
+        except SpawnError as e:
+            raise VmsupError(str(e)) from None
         finally:
             os.close(its_log)
             its_access.close()
             its_control.close()
         self._count += 1
         return Proxy(instance, pid, self.core, access, control, log, self.timeout_s, self.say)
+
+    def close(self) -> None:
+        """Give back the interrupts' eventfds."""
+        for fd in self.irqs.values():
+            os.close(fd)
 
     def _descriptor(self, instance: Instance, name: str) -> int:
         match name:
@@ -82,37 +89,3 @@ class Spawner:
                 return console.input if name == "input" else console.output
             case _:
                 return self.events[name]
-
-
-def wait_ready(proxies: Iterable[Proxy]) -> None:
-    """Until every device has said Ready.
-
-    Raises:
-        DeviceDied: one failed, died, or took longer than 30 s.
-    """
-    waiting = {p.control.fileno(): p for p in proxies}
-    logs = {p.log: p for p in waiting.values()}
-    until_s = time.monotonic() + _READY_WITHIN_S
-    poll = select.poll()
-    for fd in (*waiting, *logs):
-        poll.register(fd, select.POLLIN)
-    while waiting:
-        left_s = until_s - time.monotonic()
-        if left_s <= 0:
-            slow = next(iter(waiting.values()))
-            raise DeviceDied(slow.name, f"not ready after {_READY_WITHIN_S:g} s")
-        for fd, _ in poll.poll(left_s * 1000):
-            if fd in logs:
-                logs[fd].on_log()
-                if not logs[fd].log_open:
-                    poll.unregister(fd)
-            elif fd in waiting:
-                proxy = waiting[fd]
-                try:
-                    proxy.on_control()
-                except DeviceDied:
-                    proxy.on_log()  # what it wrote before it died
-                    raise
-                if proxy.ready:
-                    poll.unregister(fd)
-                    del waiting[fd]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ class InterruptChip(Protocol):
     """The supervisor's half of a split irqchip, called on vCPU threads."""
 
     def end_of_interrupt(self, vector: int) -> None: ...
-    def window_open(self, vcpu: CoreVcpu) -> None: ...
+    def inject(self) -> None: ...
 
 
 class VcpuThread:
@@ -55,14 +56,23 @@ class VcpuThread:
         self._chip = chip
         self._ended = ended
         self._device_gone = device_gone
+        self._stopping = False
         self._thread = threading.Thread(target=self._main, name=f"vcpu{number}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Have the exit loop return soon; follow with `kick_until_over`."""
+        """Have the thread end soon; follow with `kick_until_over`."""
+        self._stopping = True
         self._vcpu.stop()
+
+    def interrupt(self) -> None:
+        """Have it leave the guest and let the interrupt chip inject."""
+        self._vcpu.stop()
+        if self._thread.ident is not None and self._thread.ident != threading.get_ident():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pthread_kill(self._thread.ident, KICK)
 
     def kick_until_over(self, until_s: float) -> bool:
         """Wait for the thread's end, interrupting KVM_RUN; False if it is still there at `until_s`."""
@@ -102,9 +112,12 @@ class VcpuThread:
                 self._chip.end_of_interrupt(exit_.vector)
             case ExitKind.IRQ_WINDOW_OPEN:
                 assert self._chip is not None
-                self._chip.window_open(self._vcpu)
+                self._chip.inject()
             case ExitKind.STOPPED:
-                raise _Over
+                if self._stopping:
+                    raise _Over
+                if self._chip is not None:
+                    self._chip.inject()
             case ExitKind.DEVICE_DEAD:
                 self._device_gone(exit_.index, exit_.cause)
                 raise _Over

@@ -1,0 +1,289 @@
+"""From a checked configuration to a running guest: the start of a VM, in order (DESIGN section 2).
+
+Any failure names its step and leaves no process, file or socket behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from devproc import jail, wire, zygote
+from devproc.zygote import Zygote
+from kvmcore import acpi, bootparams, bzimage, cpusetup, fdt, layout, mptable, probe
+from kvmcore.bootfile import BootFile
+from kvmcore.errors import ConfigError, VmsupError
+from kvmcore.exitloop import Core, CoreVcpu, install_kick_signal
+from kvmcore.irq import GsiRouter
+from kvmcore.kvm import Kvm, Vm
+from kvmcore.memory import GuestMemory
+from policies.errors import PolicyError
+from supervisor import console, control, ending, machine
+from supervisor.bus import Buses, Callbacks, Claim, DeviceTarget
+from supervisor.config import RunConfig
+from supervisor.ending import Ending
+from supervisor.janitor import Janitor
+from supervisor.machine import Instance
+from supervisor.pcishadow import FunctionShadow, PciBus
+from supervisor.proxy import Proxy
+from supervisor.runloop import RunLoop, Signals, Watched
+from supervisor.spawn import Spawner
+from supervisor.splitchip import SplitChip
+from supervisor.vcputhread import VcpuThread
+
+Say = Callable[[str], None]
+
+_EVENTS = (("panic", ending.PANIC), ("poweroff", ending.POWEROFF), ("reset", ending.RESET))
+_ECAM_BUSES = 1
+_MMIO_SIZE = 1 << 52
+
+
+def launch(config: RunConfig, say: Say) -> Ending:
+    """Run the VM that `config` describes to its end; `say` takes one line for the user.
+
+    Raises:
+        VmsupError: it could not be started; everything is undone.
+    """
+    with ExitStack() as undo:
+        return _Launch(config, say, undo).run()
+
+
+class _Launch:
+    """The start of one VM; what must be undone is on `undo`, in the opposite order."""
+
+    def __init__(self, config: RunConfig, say: Say, undo: ExitStack) -> None:
+        self.config = config
+        self.say = say
+        self.undo = undo
+        self.began_ns = time.monotonic_ns()
+
+    def run(self) -> Ending:
+        config, step = self.config, self._step
+        split = config.irqchip == "split"
+        with step("read the configuration's files"):
+            mode = self._jail_mode()
+            self._check_files()
+            fstab = self._read_fstab()
+        with step("start the janitor"):
+            janitor = Janitor.start()
+            self.undo.callback(janitor.finish)
+        with step("fork the zygote"):
+            jail.adopt_orphans()
+            self.undo.callback(jail.adopt_orphans, False)
+            nursery = zygote.start()
+            self.undo.callback(_end_zygote, nursery)
+        with step("open /dev/kvm"):
+            kvm = self.undo.enter_context(Kvm())
+            kvm.require(probe.REQUIRED)
+        with step("create the VM"):
+            vm = self.undo.enter_context(kvm.create_vm())
+            vm.set_identity_map_addr(layout.IDENTITY_MAP)
+            vm.set_tss_addr(layout.TSS)
+        with step("create the interrupt chip"):
+            if split:
+                vm.enable_split_irqchip(machine.IOAPIC_PINS)
+            else:
+                vm.create_irqchip()
+                vm.create_pit2()
+            router = GsiRouter(vm.set_gsi_routing, split=split)
+        with step("create the guest's memory"):
+            memory = self._create_memory(vm)
+        with step("create the vCPUs"):
+            vcpus = [self.undo.enter_context(vm.create_vcpu(n)) for n in range(config.cpus)]
+        with step("lay out the devices"):
+            low_end = layout.low_ram_end(memory.size)
+            instances = machine.instances(config, low_end, memory.size - low_end)
+            core = Core(round(config.device_timeout * 1000))
+            buses = Buses(core, machine.BUS_SIZE, _MMIO_SIZE)
+        with step("open the serial ports"):
+            consoles = self._open_consoles(janitor)
+        with step("spawn the devices"):
+            events = {name: self._eventfd() for name, _ in _EVENTS}
+            spawner = Spawner(nursery, core, mode, config.device_timeout, events, consoles, self._say_of)
+            proxies = self._spawn(spawner, instances, mode)
+        with step("build the buses"):
+            chip = SplitChip(vm, router, vcpus[0], buses) if split else None
+            self._connect(buses, proxies)
+            buses.publish()
+            for instance in instances:
+                if instance.gsi is not None:
+                    irqfd = chip.connect if chip is not None else vm.irqfd
+                    irqfd(spawner.irqs[instance.name], instance.gsi)
+        with step("load the kernel"):
+            kernel = bzimage.load(config.kernel, memory)
+        with step("write the boot data"):
+            memory.write(
+                layout.RSDP,
+                acpi.build(machine.acpi_machine(config, memory.size, _ECAM_BUSES * config.pcie_ecam)),
+            )
+            memory.write(layout.MP_TABLE, mptable.build(range(config.cpus), machine.pci_interrupts()))
+            bootparams.write(
+                memory,
+                kernel,
+                config.command_line(machine.SERIAL_BASES),
+                config.initrd,
+                [(bootparams.SETUP_DTB, fdt.build(fstab))] if fstab is not None else (),
+                _ECAM_BUSES * config.pcie_ecam,
+            )
+            cpusetup.write_tables(memory)
+        with step("set the vCPUs up"):
+            for vcpu in vcpus:
+                cpusetup.setup(kvm, vcpu, config.cpus, kernel.entry)
+        with step("prepare to run"):
+            loops = [CoreVcpu(core, v.fd, v.run) for v in vcpus]
+            for vcpu_loop in loops:
+                self.undo.callback(vcpu_loop.close)
+            install_kick_signal()
+            signals = Signals()
+            self.undo.callback(signals.close)
+            watched: list[Watched] = [c.relay for c in consoles.values() if c.relay is not None]
+            keyboard = next((c.keyboard for c in consoles.values() if c.keyboard is not None), None)
+            loop = RunLoop(
+                signals,
+                proxies,
+                [(events[name], how) for name, how in _EVENTS],
+                keyboard,
+                watched,
+                config.device_timeout,
+                nursery.pid,
+            )
+            threads = [
+                VcpuThread(n, v, buses, config.cpu_affinity.get(n), chip, loop.end, loop.device_gone)
+                for n, v in enumerate(loops)
+            ]
+            if chip is not None:
+                chip.wake, chip.interrupt_bsp = loop.wake, threads[0].interrupt
+                watched.append(chip)
+        with step("make the control socket"):
+            if config.socket is not None:
+                verbs = {"ps": lambda: self._ps(proxies, nursery), "stop": lambda: _stop(loop)}
+                server = control.ControlServer(config.socket, verbs, janitor)
+                self.undo.callback(server.close)
+                watched.append(server)
+        with step("drop privileges"):
+            jail.drop_privileges()
+        return loop.run(threads)
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        """One step of the start: its name begins the text of an error, and with --verbose its time is said."""
+        try:
+            yield
+        except ConfigError:
+            raise  # it names the user's own file or option
+        except (VmsupError, PolicyError, jail.JailError, wire.WireError, zygote.SpawnError) as e:
+            raise VmsupError(f"cannot {name}: {e}") from e
+        except OSError as e:
+            where = f"{e.filename}: " if e.filename else ""
+            raise VmsupError(f"cannot {name}: {where}{e.strerror or e}") from e
+        if self.config.verbose:
+            self.say(f"{(time.monotonic_ns() - self.began_ns) / 1e6:8.1f} ms: {name}: done")
+
+    def _say_of(self, name: str, line: str) -> None:
+        self.say(f"{name}: {line}")
+
+    def _jail_mode(self) -> jail.Mode:
+        mode = jail.Mode(self.config.jail)
+        if mode is jail.Mode.NONE:
+            self.say(
+                "WARNING: --no-jail: device processes run with all your rights; never do this with a guest"
+            )
+        elif mode is jail.Mode.BEST_EFFORT:
+            self.say("WARNING: jail=best-effort: layers of the jail that this host lacks are left out")
+        return mode
+
+    def _check_files(self) -> None:
+        """Fail before anything is forked if a file cannot be opened; reading and checking it comes later."""
+        with BootFile("kernel", self.config.kernel):
+            pass
+        if self.config.initrd is not None:
+            with BootFile("initrd", self.config.initrd):
+                pass
+
+    def _read_fstab(self) -> str | None:
+        path = self.config.android_fstab
+        if path is None:
+            return None
+        try:
+            with open(path, encoding="utf-8") as f:
+                return f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            why = e.strerror if isinstance(e, OSError) else "not UTF-8"
+            raise ConfigError(f"--android-fstab {path}: {why}") from None
+
+    def _create_memory(self, vm: Vm) -> GuestMemory:
+        memory = GuestMemory.create(layout.ram_regions(self.config.mem * layout.MIB))
+        self.undo.callback(memory.close)
+        for slot, region in enumerate(memory.regions):
+            host = memory.host_address(region.gpa, region.size)
+            vm.set_user_memory_region(slot, region.gpa, region.size, host)
+        return memory
+
+    def _open_consoles(self, janitor: Janitor) -> dict[int, console.Console]:
+        opened = {}
+        for port in self.config.serial_ports():
+            opened[port.num] = found = console.open_console(port, janitor)
+            self.undo.callback(found.close)
+            if found.note is not None:
+                self.say(found.note)
+        return opened
+
+    def _eventfd(self) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.undo.callback(os.close, fd)
+        return fd
+
+    def _spawn(self, spawner: Spawner, instances: Sequence[Instance], mode: jail.Mode) -> list[Proxy]:
+        proxies: list[Proxy] = []
+        self.undo.callback(_end_devices, proxies)
+        self.undo.callback(spawner.close)
+        for instance in instances:
+            proxies.append(spawner.spawn(instance))
+        for proxy in proxies:
+            proxy.await_ready(mode)
+        return proxies
+
+    def _connect(self, buses: Buses, proxies: Sequence[Proxy]) -> None:
+        """Every device's registers on the buses, PCI configuration in front of the functions."""
+        slots = {p.instance.pci_slot: p for p in proxies}
+        pci = PciBus(lambda slot, bars: buses.place_bars(f"{slots[slot].name} BARs", slots[slot].index, bars))
+        for proxy in proxies:
+            for p in proxy.instance.ports:
+                target = DeviceTarget(proxy.index, p.space, p.offset)
+                buses.io.insert(Claim(p.base, p.size, proxy.name, target))
+            if proxy.instance.pci_slot is not None:
+                pci.add(proxy.instance.pci_slot, proxy, FunctionShadow())
+        buses.io.insert(Claim(machine.PCI_CONFIG_BASE, 8, "pci", Callbacks(pci.port_read, pci.port_write)))
+        if self.config.pcie_ecam:
+            ecam = Callbacks(pci.ecam_read, pci.ecam_write)
+            buses.mmio.insert(Claim(layout.ECAM, layout.ecam_size(_ECAM_BUSES), "pci", ecam))
+
+    def _ps(self, proxies: Sequence[Proxy], nursery: Zygote) -> dict[str, Any]:
+        processes = [[p.name, p.pid] for p in proxies if not p.reaped]
+        return {"pid": os.getpid(), "zygote": nursery.pid, "processes": processes}
+
+
+def _stop(loop: RunLoop) -> dict[str, Any]:
+    loop.end(ending.STOPPED)
+    return {"stopping": True}
+
+
+def _end_zygote(nursery: Zygote) -> None:
+    nursery.close()
+    with contextlib.suppress(ChildProcessError):  # reaped already
+        os.waitpid(nursery.pid, 0)
+
+
+def _end_devices(proxies: Sequence[Proxy]) -> None:
+    """What the run loop did not get to see the end of, because the start failed."""
+    for proxy in proxies:
+        proxy.kill()
+    for proxy in proxies:
+        if not proxy.reaped:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(proxy.pid, 0)
+        proxy.close()
