@@ -11,7 +11,7 @@ from typing import Final, Literal, NamedTuple, get_args
 
 from policies import bpf
 from policies.errors import Place
-from policies.syscalls import AUDIT_ARCH_X86_64, NAMES, X32_BIT
+from policies.syscalls import AUDIT_ARCH_X86_64, NAMES
 
 Op = Literal["==", "!=", "<", "<=", ">", ">=", "&", "in"]
 OPS: Final[tuple[Op, ...]] = get_args(Op)
@@ -119,8 +119,8 @@ class Policy:
 
     def verdict(self, nr: int, args: Sequence[int], arch: int = AUDIT_ARCH_X86_64) -> Verdict:
         """Decide by walking the tree: what every compiled filter has to agree with."""
-        if arch == AUDIT_ARCH_X86_64 and nr < X32_BIT:
-            name = NAMES.get(nr)
+        if arch == AUDIT_ARCH_X86_64:
+            name = NAMES.get(nr)  # an x32 number has none
             for rule in self.rules:
                 if rule.name == name and rule.applies(args):
                     return Verdict(rule.action, rule)
