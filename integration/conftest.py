@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from integration import kvm
 from integration.boot import images
 from integration.testbed import debian
 from integration.testbed.qemu import die_with
@@ -32,22 +33,10 @@ if _REPORTING:
 _BOOTED = "booted on"
 
 
-def hardware_kvm() -> bool:
-    """Whether /dev/kvm is usable and can run a stock kernel: the CPU has VMX or SVM (real, or QEMU's)."""
-    flags = set(Path("/proc/cpuinfo").read_text().split())
-    return os.access("/dev/kvm", os.R_OK | os.W_OK) and bool(flags & {"vmx", "svm"})
-
-
-def kvm_name() -> str:
-    """Which KVM a guest started here runs on."""
-    hardware = "" if hardware_kvm() else ", no hardware virtualization"
-    return os.environ.get("VMSUP_TESTBED", f"the local /dev/kvm{hardware}")
-
-
 @pytest.fixture
 def booted(record_property: Callable[[str, object], None]) -> Callable[[], None]:
     """To be called once for each guest that has come up; the session's summary counts them."""
-    return lambda: record_property(_BOOTED, kvm_name())
+    return lambda: record_property(_BOOTED, kvm.name())
 
 
 class Testbed:
@@ -121,7 +110,7 @@ _testbed = pytest.StashKey[Testbed | Unavailable]()
 
 
 def _runs_elsewhere(item: pytest.Item) -> bool:
-    return item.get_closest_marker("linux") is not None and not hardware_kvm()
+    return item.get_closest_marker("linux") is not None and not kvm.boots_linux()
 
 
 def _start(session: pytest.Session) -> Testbed | Unavailable:

@@ -1,0 +1,52 @@
+# make setup   Debian packages, .venv, the kernels that guests boot (outside the tree, in ~/.cache/vmsup)
+# make demo    a stock Debian kernel, every device in its own jail
+# make test    everything; stock kernels boot in the testbed where this machine's /dev/kvm cannot
+# make clean   removes what was built in the tree, not the kernels
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+# To build: the C core and python-prctl.  pyseccomp loads libseccomp2.
+PACKAGES := python3-venv python3-dev gcc libc6-dev libcap-dev libseccomp2
+# For the testbed and its guests; lz4 unpacks the cloud kernel.
+PACKAGES += qemu-system-x86 busybox-static lz4
+# Independent readers of what tests make: iasl, dtc; lspci runs in a guest.
+PACKAGES += acpica-tools device-tree-compiler pciutils
+
+.PHONY: setup demo test clean packages kernels
+
+setup: $(BIN)/.ready kernels
+
+demo: setup
+	$(BIN)/python integration/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info kvmcore/_core.*.so kvmcore/_core.*.o
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/.ready: pyproject.toml setup.py kvmcore/_build.py kvmcore/_core.c | packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+packages:
+	@missing=; for p in $(PACKAGES); do \
+	    dpkg-query -W -f '$${db:Status-Status}\n' $$p 2>/dev/null | grep -qx installed || missing="$$missing $$p"; \
+	done; \
+	[ -z "$$missing" ] && exit; \
+	echo "installing$$missing"; \
+	{ $(SUDO) apt-get update -q && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; } || { \
+	    echo "Please install these Debian packages:$$missing (or go on without them: make PACKAGES=)" >&2; exit 1; }
+
+# apt's lists may be too old for the kernels it knows to be there still.  Without kernels, tests say so and skip.
+kernels: $(BIN)/.ready
+	@$(BIN)/python -m integration.boot.images || \
+	    { $(SUDO) apt-get update -q && $(BIN)/python -m integration.boot.images; } || \
+	    echo "No kernels to boot: going on without them." >&2
