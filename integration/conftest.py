@@ -174,7 +174,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         value for r in reports if r.when == "call" for name, value in r.user_properties if name == _BOOTED
     ]
     terminalreporter.section("guests booted")
-    for kvm, count in Counter(kvms).items():
-        terminalreporter.write_line(f"{count} on {kvm}")
+    for where, count in Counter(kvms).items():
+        terminalreporter.write_line(f"{count} on {where}")
     if not kvms:
         terminalreporter.write_line("none")

@@ -7,6 +7,7 @@ the guest has powered itself off.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -39,9 +40,10 @@ def boot(kernel: images.Kernel) -> int:
     with tempfile.TemporaryDirectory(prefix="vmsup-demo-") as directory:
         initrd, socket = Path(directory, "initrd"), Path(directory, "socket")
         initrd.write_bytes(images.initramfs(SCRIPT, kernel))
-        command = [VMSUP, "run", "--jail", "--cpus", "2", "--mem", "256", "--socket", socket]
-        command += ["--initrd", initrd, "--params", "quiet", kernel.bzimage]
-        print(f"$ {' '.join(map(str, command))}", flush=True)
+        machine = ["--jail", "--cpus", "2", "--mem", "256", "--socket", str(socket)]
+        boot = ["--initrd", str(initrd), "--params", "quiet", str(kernel.bzimage)]
+        command = [str(VMSUP), "run", *machine, *boot]
+        print(f"$ {shlex.join(command)}", flush=True)
         said = []
         devices = "the guest never came up"
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as vm:

@@ -75,6 +75,11 @@ def test_device_models_import_no_powers() -> None:
     assert not found
 
 
+def test_device_processes_use_nothing_of_kvmcore_but_its_memory() -> None:
+    found = {name for path in sources("devproc") for name in imported(path) if name.startswith("kvmcore")}
+    assert all(name == "kvmcore" or name.startswith("kvmcore.memory") for name in found)
+
+
 @pytest.mark.parametrize("library", IMPORTERS)
 def test_an_untyped_library_has_one_importer(library: str) -> None:
     found = {
