@@ -167,7 +167,7 @@ class Rtc(Model):
         self._arm()
 
     def read_A(self) -> int:
-        updating = not self._b & B_SET and -self._now_ns() % NS <= UPDATE_WARNING_NS
+        updating = not self._b & B_SET and self._now_ns() % NS >= NS - UPDATE_WARNING_NS
         return self._a | (A_UIP if updating else 0)
 
     def write_A(self, data: int) -> None:
@@ -180,11 +180,10 @@ class Rtc(Model):
 
     def write_B(self, data: int) -> None:
         self._see()
-        if data & ~self._b & B_SET:
+        was = self._b
+        self._b = data & ~B_UIE if data & B_SET else data
+        if data & ~was & B_SET:
             self._frozen = self._encoded_time()
-        if data & B_SET:
-            data &= ~B_UIE
-        was, self._b = self._b, data
         if was & ~data & B_SET:
             self._set_time(self._frozen)
         self._raise()
