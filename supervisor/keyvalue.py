@@ -16,7 +16,7 @@ from kvmcore.errors import ConfigError
 Value = str | int | bool
 
 _ITEM = re.compile(
-    r'(?:(?P<key>[A-Za-z][A-Za-z0-9_-]*)(?P<eq>=))?(?P<value>"(?:[^"\\]|\\.)*"|(?!")[^,]*)(?P<end>,|$)', re.S
+    r'(?:(?P<key>[A-Za-z][A-Za-z0-9_-]*)=)?+(?P<value>"(?:[^"\\]|\\.)*"|(?!")[^,]*)(?P<end>,|$)', re.S
 )
 _TRUE, _FALSE = ("true", "on", "1"), ("false", "off", "0")
 

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 from supervisor.procstatus import NAMESPACES, ProcStatus, table
 
@@ -20,7 +21,8 @@ def test_a_process_that_is_gone_has_no_status():
 
 
 def test_the_seccomp_mode_and_no_new_privs_are_the_kernels():
-    fields = dict(line.split(":\t") for line in open("/proc/self/status") if ":\t" in line)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":\t") for line in lines if ":\t" in line)
     status = ProcStatus.of("me", os.getpid(), os.getpid())
     assert status is not None
     assert status.seccomp == int(fields["Seccomp"])
