@@ -128,7 +128,11 @@ class Model:
         whole = bank.read_whole.get((offset, size))
         if whole is not None:
             return whole()
-        return sum(self.read(space, offset + i, 1) << (8 * i) for i in range(size))
+        value = 0
+        for shift in range(0, 8 * size, 8):
+            value |= (bank.read[offset]() if offset < len(bank.read) else self._float(0xFF)) << shift
+            offset += 1
+        return value
 
     def write(self, space: int, offset: int, size: int, data: int) -> None:
         bank = self._now[space]

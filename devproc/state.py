@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import types
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 
@@ -78,6 +79,11 @@ def check(state: Any) -> None:
     _build(cls, _plain(state), cls.__name__)
 
 
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
@@ -90,12 +96,12 @@ def _plain(value: Any) -> Any:
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value` (as JSON gives it) as a `kind`; `where` names it in errors."""
-    if is_dataclass(kind):
-        hints = get_type_hints(kind, include_extras=True)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = _hints(kind)
         if type(value) is not dict or value.keys() != hints.keys():
             raise ValueError(f"{where}: expected exactly the fields {', '.join(hints)}")
         built = {name: _build(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
-        return kind(**built)  # type: ignore[operator]
+        return kind(**built)
     if kind is bool:
         if type(value) is not bool:
             raise ValueError(f"{where}: expected true or false")
