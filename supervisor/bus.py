@@ -64,8 +64,7 @@ class Bus:
     def __init__(self, name: str, size: int) -> None:
         self.name = name
         self.size = size
-        self._claims: list[Claim] = []
-        self._starts: list[int] = []
+        self._claims: list[Claim] = []  # replaced whole: vCPU threads look things up meanwhile
 
     def replace(self, owner: str, claims: Iterable[Claim]) -> None:
         """Give `owner` these claims instead of all it had.
@@ -85,7 +84,6 @@ class Bus:
                     f"{b.owner} [{b.start:#x}, {b.end:#x})"
                 )
         self._claims = merged
-        self._starts = [c.start for c in merged]
 
     def insert(self, claim: Claim) -> None:
         """Add one claim to its owner's.
@@ -104,9 +102,10 @@ class Bus:
         Raises:
             LookupError: a device process or nobody owns it.
         """
-        at = bisect_right(self._starts, addr) - 1
+        claims = self._claims
+        at = bisect_right(claims, addr, key=lambda c: c.start) - 1
         if at >= 0:
-            claim = self._claims[at]
+            claim = claims[at]
             if addr < claim.end and not isinstance(claim.target, DeviceTarget):
                 return claim.target, addr - claim.start
         raise LookupError(f"{self.name} {addr:#x}")

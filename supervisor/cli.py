@@ -121,7 +121,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     code = EXIT_CRASH
     try:
         _check_not_shadowed()
-        words = [w.replace("--jail=", "--jail-mode=") for w in (sys.argv[1:] if argv is None else argv)]
+        words = [
+            "--jail-mode=" + w.removeprefix("--jail=") if w.startswith("--jail=") else w
+            for w in (sys.argv[1:] if argv is None else argv)
+        ]
         code = _dispatch(_arguments().parse_args(words))
         sys.stdout.flush()
     except VmsupError as e:
@@ -145,7 +148,9 @@ def complain(line: str) -> None:
     """One line on stderr, whatever state it is in."""
     with contextlib.suppress(OSError, ValueError):
         end = "\r\n" if sys.stderr.isatty() else "\n"
-        sys.stderr.write(f"vmsup: {' '.join(line.splitlines())}{end}")
+        # A device's or a file's words may be in it: nothing of theirs drives the user's terminal.
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.splitlines()))
+        sys.stderr.write(f"vmsup: {text}{end}")
         sys.stderr.flush()
 
 

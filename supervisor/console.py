@@ -131,5 +131,5 @@ def open_console(port: SerialConfig, janitor: Janitor) -> Console:
                 return Console(source, os.open(port.path, flags, 0o600))
     except OSError as e:
         raise ConfigError(
-            f"{where}: {e.filename2 or e.filename or port.path or port.type}: {e.strerror}"
+            f"{where}: {e.filename2 or e.filename or port.path or port.type}: {e.strerror or e}"
         ) from None

@@ -86,7 +86,7 @@ class ControlServer:
         try:
             verb = json.loads(request.split(b"\n")[0])["do"]
             do = self._verbs[verb]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return {"error": f"expected {{'do': one of {', '.join(self._verbs)}}}"}
         return do()
 
@@ -116,7 +116,7 @@ def ask(path: str, verb: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: no answer for {_TIMEOUT_S:g} s") from None
     except OSError as e:
         raise ConfigError(f"{where}: {e.strerror or e}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{where}: what answers there is not a vmsup") from None
     if not isinstance(result, dict) or "error" in result:
         raise ConfigError(f"{where}: {result.get('error') if isinstance(result, dict) else 'not an answer'}")

@@ -72,7 +72,10 @@ def _serve(sock: socket.socket) -> None:
     terminals: list[tuple[int, list[object]]] = []
     paths: list[tuple[int, int, bytes]] = []
     while True:
-        frame, fds, _, _ = socket.recv_fds(sock, _FRAME_MAX, 1)
+        try:
+            frame, fds, _, _ = socket.recv_fds(sock, _FRAME_MAX, 1)
+        except ConnectionResetError:  # it died before it took our last answer
+            break
         if not frame:
             break
         if frame == b"T":
@@ -80,7 +83,8 @@ def _serve(sock: socket.socket) -> None:
         else:
             device, inode, name = frame[1:].split(b" ", 2)
             paths.append((int(device), int(inode), name))
-        sock.send(b".")
+        with contextlib.suppress(BrokenPipeError):
+            sock.send(b".")
     for fd, mode in terminals:
         with contextlib.suppress(termios.error):
             termios.tcsetattr(fd, termios.TCSADRAIN, mode)  # type: ignore[arg-type]
