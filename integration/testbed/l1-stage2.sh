@@ -19,12 +19,12 @@ job=$!
     while read -r order <&9; do
         case $order in
         SIGNAL*) $B kill "-${order#SIGNAL }" -$job ;;
-        DUMP)   # to the console: which processes there are, and where in the kernel each thread sleeps
-            $B ps -o pid,ppid,stat,args | $B grep -v '\[.*\]$'
+        DUMP)   # to the console: where in the kernel each thread sleeps, and last which processes there are
             for p in /proc/[0-9]*; do
                 [ -n "$($B tr -d '\000' < $p/cmdline)" ] || continue
                 for t in $p/task/*; do echo "== $t $($B cat $t/comm)"; $B cat $t/stack; done
-            done ;;
+            done
+            $B ps -o pid,ppid,stat,args | $B grep -v '\[.*\]$' ;;
         esac
     done
 ) 2> /dev/null &
