@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import select
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -31,6 +32,11 @@ def read_violation(listener: int) -> Violation | None:
 
     A listener that is at its end (the process is dead) is readable for ever and gives None: close it.
     """
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    # Before Linux 6.11 receiving from a listener at its end (POLLHUP alone) waits for ever.
+    if not any(events & select.POLLIN for _, events in poll.poll(0)):
+        return None
     buffer = bytearray(_NOTIF.size)  # the kernel wants it zeroed
     try:
         fcntl.ioctl(listener, _NOTIF_RECV, buffer)
