@@ -1,7 +1,7 @@
 """System calls of x86-64 by name, and the shape of the arguments that policies compare.
 
-Numbers: Linux 6.17, arch/x86/entry/syscalls/syscall_64.tbl; shapes: include/linux/syscalls.h.  Left out:
-the x32 numbers (512 to 547), which every filter of ours kills, and the kernel's probes (335, 336).
+Numbers: arch/x86/entry/syscalls/syscall_64.tbl up to Linux 6.18's 469; shapes: include/linux/syscalls.h.
+Left out: the x32 numbers (512 to 547), which every filter of ours kills, and the kernel's probes (335, 336).
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _arguments(prototype: str) -> tuple[Argument, ...]:
     return tuple(Argument(word.removesuffix(":32"), word.endswith(":32")) for word in prototype.split())
 
 
-# int, unsigned int, pid_t and mode_t are marked ":32".  A descriptor's name starts with "fd".
+# Marked ":32": int, unsigned int, pid_t, mode_t, and what is declared longer but cut to 32 bits
+# before use (the descriptors of mmap and readv, the flags of clone).  A descriptor's name starts with "fd".
 _PROTOTYPES: Final = {
     "read": "fd:32 buf count",
     "write": "fd:32 buf count",
@@ -87,7 +88,7 @@ _PROTOTYPES: Final = {
     "fstat": "fd:32 statbuf",
     "poll": "ufds nfds:32 timeout_ms:32",
     "lseek": "fd:32 offset whence:32",
-    "mmap": "addr len prot flags fd off",
+    "mmap": "addr len prot flags fd:32 off",
     "mprotect": "addr len prot",
     "munmap": "addr len",
     "brk": "brk",
@@ -97,8 +98,8 @@ _PROTOTYPES: Final = {
     "ioctl": "fd:32 cmd:32 arg",
     "pread64": "fd:32 buf count pos",
     "pwrite64": "fd:32 buf count pos",
-    "readv": "fd vec vlen",
-    "writev": "fd vec vlen",
+    "readv": "fd:32 vec vlen",
+    "writev": "fd:32 vec vlen",
     "select": "n:32 inp outp exp tvp",
     "sched_yield": "",
     "mremap": "addr old_len new_len flags new_addr",
@@ -121,7 +122,7 @@ _PROTOTYPES: Final = {
     "socketpair": "family:32 type:32 protocol:32 usockvec",
     "setsockopt": "fd:32 level:32 optname:32 optval optlen:32",
     "getsockopt": "fd:32 level:32 optname:32 optval optlen",
-    "clone": "flags newsp parent_tidptr child_tidptr tls",
+    "clone": "flags:32 newsp parent_tidptr child_tidptr tls",
     "clone3": "uargs size",
     "exit": "error_code:32",
     "exit_group": "error_code:32",
@@ -154,10 +155,10 @@ _PROTOTYPES: Final = {
     "timerfd_create": "clockid:32 flags:32",
     "timerfd_settime": "fd:32 flags:32 utmr otmr",
     "eventfd2": "count:32 flags:32",
-    "preadv": "fd vec vlen pos_l pos_h",
-    "pwritev": "fd vec vlen pos_l pos_h",
-    "preadv2": "fd vec vlen pos_l pos_h flags:32",
-    "pwritev2": "fd vec vlen pos_l pos_h flags:32",
+    "preadv": "fd:32 vec vlen pos_l pos_h",
+    "pwritev": "fd:32 vec vlen pos_l pos_h",
+    "preadv2": "fd:32 vec vlen pos_l pos_h flags:32",
+    "pwritev2": "fd:32 vec vlen pos_l pos_h flags:32",
     "prlimit64": "pid:32 resource:32 new_rlim old_rlim",
     "getrandom": "ubuf len flags:32",
     "seccomp": "op:32 flags:32 uargs",

@@ -51,6 +51,8 @@ def test_a_good_rule_has_no_finding(text: str) -> None:
         ("write: arg0 <= FD_CONTROL # w", "compare a descriptor with =="),
         ("exit_group: arg0 != 0 # w", "upper half"),
         ("exit_group: arg0 > 3 # w", "upper half"),
+        ("clone: arg0 != CLONE_NEWUSER # w", "upper half"),
+        ("mmap: arg2 == 3 && arg3 == 1 && arg4 != 5 # w", "upper half"),
         ("exit_group: arg0 == -1 # w", "C library decides"),
         ("exit_group: arg1 == 0 # w", "there is no arg1"),
         ("munmap: arg1 & 3 # w", "any of the 2 bits"),
