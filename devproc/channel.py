@@ -6,6 +6,8 @@ device's access channel is served by `devproc/child.py` itself, where microsecon
 
 from __future__ import annotations
 
+import array
+import os
 import socket
 from collections.abc import Sequence
 
@@ -91,18 +93,23 @@ class Channel:
         Raises:
             PeerError: also when more descriptors came than expected.
         """
+        # Not socket.recv_fds: it loses its flags argument, so the descriptors would outlive an exec.
+        room = socket.CMSG_LEN(most * array.array("i").itemsize)
         try:
-            frame, fds, flags, _ = socket.recv_fds(self.sock, self._limit + 1, most, socket.MSG_CMSG_CLOEXEC)
+            frame, ancillary, flags, _ = self.sock.recvmsg(self._limit + 1, room, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             raise ChannelClosed from None
+        fds = array.array("i")
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
         try:
-            # The kernel rounds the ancillary room up, so one more than asked for may fit.
-            if len(fds) > most or flags & socket.MSG_CTRUNC:
+            if flags & socket.MSG_CTRUNC:  # the kernel has closed the others
                 raise PeerError(f"more than {most} descriptors")
-            return self._accept(frame), fds
+            return self._accept(frame), list(fds)
         except BaseException:
             for fd in fds:
-                socket.close(fd)
+                os.close(fd)
             raise
 
     def _accept(self, frame: bytes) -> Message:

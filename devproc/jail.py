@@ -46,6 +46,9 @@ _FD_SCRATCH: Final = 512  # above every slot, below the usual soft limit of 1024
 _FD_MAX: Final = 0xFFFF_FFFF
 
 
+Who = Literal["launcher", "device"]
+
+
 class Mode(enum.Enum):
     """How much of the jail is asked for; no mode ever slides into another by itself."""
 
@@ -108,13 +111,13 @@ class Step:
     """
 
     name: str
-    who: Literal["launcher", "device"]
+    who: Who
     describe: Callable[[Entry], str]
     apply: Callable[[Context], None]
     always: bool = False
 
 
-def plan(mode: Mode, who: Literal["launcher", "device"] | None = None) -> tuple[Step, ...]:
+def plan(mode: Mode, who: Who | None = None) -> tuple[Step, ...]:
     """The steps of `mode` in order, all of them or those of one process."""
     return tuple(s for s in STEPS if (mode is not Mode.NONE or s.always) and (who is None or s.who == who))
 

@@ -77,7 +77,7 @@ def _params(v: Any) -> bool:
     )
 
 
-_space: Check = lambda v: type(v) is int and 0 <= v <= Space.BAR5  # noqa: E731
+_space: Check = lambda v: type(v) in (int, Space) and 0 <= v <= Space.BAR5  # noqa: E731
 _size: Check = lambda v: type(v) is int and v in SIZES  # noqa: E731
 _u64 = _uint(U64_MAX)
 _u32 = _uint((1 << 32) - 1)

@@ -92,7 +92,9 @@ class StandIn:
                     kept.append(ours)
         fds = [log, access.fileno(), control.fileno(), *given]
         fds = fds[: len(fds) - withhold]
-        pid = self.zygote.spawn(ask_for or device, name, fds, host_id=host_id, mode=jail.Mode(mode), params=params)
+        pid = self.zygote.spawn(
+            ask_for or device, name, fds, host_id=host_id, mode=jail.Mode(mode), params=params
+        )
         for fd in (log, *given):
             os.close(fd)
         access.close()

@@ -13,7 +13,14 @@ from hostile import ATTEMPTS
 HOST_ID = 2_000_001
 # Refused without a jail too where no privilege is needed to make it moot; each of them succeeds as root, or
 # the kernel at hand lacks what it asks for.
-MAY_BE_VACUOUS = {"x32 getpid", "i386 getpid by int 0x80", "secret memory", "io_uring", "perf", "vsock socket"}
+MAY_BE_VACUOUS = {
+    "x32 getpid",
+    "i386 getpid by int 0x80",
+    "secret memory",
+    "io_uring",
+    "perf",
+    "vsock socket",
+}
 PRIVILEGED = {"bpf map", "perf", "mount", "chroot", "another filter", "userfaultfd", "signal to itself"}
 REFUSED_WITH_ENOENT = {"open / for reading", "create a file without a name"}
 

@@ -193,7 +193,9 @@ def test_a_model_that_raises_is_named_logged_and_dead(supervisor: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "frame", [b"\xc1", b"\x94\x01\x00\x00\x03", b"\x91\x10", bytes(65)], ids=["nonsense", "size", "tag", "long"]
+    "frame",
+    [b"\xc1", b"\x94\x01\x00\x00\x03", b"\x91\x10", bytes(65)],
+    ids=["nonsense", "size", "tag", "long"],
 )
 def test_garbage_from_the_supervisor_ends_the_device(supervisor: Any, frame: bytes) -> None:
     spawn_hostile(supervisor, "deaf")

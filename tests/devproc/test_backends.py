@@ -1,0 +1,140 @@
+"""The ports that touch the host, on real descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import select
+from collections.abc import Iterator
+
+import pytest
+
+from devproc.backends.input import Input
+from devproc.backends.output import BUFFER_MAX, WRITE_MAX, Output
+from devproc.backends.signal import Signal
+
+Pipe = tuple[int, int]
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    read, write = os.pipe()
+    yield read, write
+    for fd in (read, write):
+        with contextlib.suppress(OSError):  # the test may have closed this end
+            os.close(fd)
+
+
+def test_each_signal_adds_one_to_the_eventfd() -> None:
+    fd = os.eventfd(0)
+    signal = Signal(fd)
+    signal()
+    signal()
+    assert os.eventfd_read(fd) == 2
+    os.close(fd)
+
+
+def test_output_reaches_the_host_in_order_and_only_by_flush(pipe: Pipe) -> None:
+    read, write = pipe
+    out = Output(write)
+    assert out.write(b"ab") == 2 and out.write(b"c") == 1
+    assert out.pending == 3
+    assert select.select([read], [], [], 0)[0] == []
+    out.flush()
+    assert (os.read(read, 9), out.pending, out.room) == (b"abc", 0, BUFFER_MAX)
+
+
+def test_output_takes_no_more_than_its_room() -> None:
+    out = Output(-1)
+    assert out.write(bytes(BUFFER_MAX - 1)) == BUFFER_MAX - 1
+    assert out.room == 1
+    assert out.write(b"xyz") == 1
+    assert out.write(b"z") == 0
+    assert (out.room, out.pending) == (0, BUFFER_MAX)
+
+
+def test_a_pipe_that_select_calls_writable_never_blocks_flush(pipe: Pipe) -> None:
+    read, write = pipe
+    out = Output(write)
+    out.write(bytes(BUFFER_MAX))
+    out.flush()
+    assert BUFFER_MAX - out.pending == WRITE_MAX
+    while select.select([], [write], [], 0)[1]:
+        if not out.pending:
+            out.write(bytes(BUFFER_MAX))
+        out.flush()
+    assert os.get_blocking(write)
+    assert len(os.read(read, 1 << 20)) % WRITE_MAX == 0
+
+
+def test_a_full_non_blocking_descriptor_loses_nothing(pipe: Pipe) -> None:
+    _, write = pipe
+    os.set_blocking(write, False)
+    out = Output(write)
+    try:
+        while True:
+            os.write(write, bytes(4096))
+    except BlockingIOError:
+        out.write(b"kept")
+    out.flush()
+    assert out.pending == 4
+
+
+def test_output_to_a_closed_pipe_is_an_error(pipe: Pipe) -> None:
+    read, write = pipe
+    os.close(read)
+    out = Output(write)
+    out.write(b"x")
+    with pytest.raises(BrokenPipeError):
+        out.flush()
+
+
+def test_input_is_read_once_per_readiness_and_never_blocks(pipe: Pipe) -> None:
+    read, write = pipe
+    source = Input(read)
+    assert source.read(4) == b""  # nothing there: a read would block for ever
+    os.write(write, b"abcdef")
+    source.ready = True
+    assert source.read(0) == b""
+    assert source.read(4) == b"abcd"
+    assert source.read(4) == b""
+    source.ready = True
+    assert source.read(4) == b"ef"
+
+
+def test_end_of_input_is_final(pipe: Pipe) -> None:
+    read, write = pipe
+    os.close(write)
+    source = Input(read)
+    source.ready = True
+    assert source.read(1) == b""
+    assert source.closed
+
+
+def test_a_hung_up_terminal_is_end_of_input() -> None:
+    master, slave = pty.openpty()
+    os.close(slave)
+    source = Input(master)
+    source.ready = True
+    assert source.read(1) == b""
+    assert source.closed
+    os.close(master)
+
+
+def test_not_ready_after_all_is_not_the_end(pipe: Pipe) -> None:
+    read, _ = pipe
+    os.set_blocking(read, False)
+    source = Input(read)
+    source.ready = True
+    assert source.read(1) == b""
+    assert not source.closed
+
+
+def test_a_broken_source_is_an_error() -> None:
+    fd = os.open("/", os.O_RDONLY)
+    source = Input(fd)
+    source.ready = True
+    with pytest.raises(IsADirectoryError):
+        source.read(1)
+    os.close(fd)
