@@ -156,13 +156,16 @@ class Counter:
                 return d != n
 
     def next_rise_ns(self, after_ns: int) -> int | None:
-        """When OUT next goes high after `after_ns`, as long as nothing is written; None: it does not."""
+        """When OUT next goes high after `after_ns`, as long as nothing is written; None: it does not.
+
+        Asked of counter 0 only, which modes 1 and 5 never load: its gate does not move.
+        """
         n = self.loaded
         if n is None or self.frozen is not None:
             return None
         if self.mode in (2, 3):
             return self.start_ns + ticks_ns((self.elapsed(after_ns) // n + 1) * n)
-        rise_ns = self.start_ns + ticks_ns(n if self.mode in (0, 1) else n + 1)
+        rise_ns = self.start_ns + ticks_ns(n if self.mode == 0 else n + 1)
         return rise_ns if rise_ns > after_ns else None
 
     def latch_count(self, now_ns: int) -> None:

@@ -186,6 +186,28 @@ def test_periodic_modes_take_a_new_count_at_the_end_of_the_period(two: Any, mode
     assert not status(two, 2) & 0x40
 
 
+def test_after_the_switch_every_look_sees_the_new_period(two: Any) -> None:
+    def switched() -> Any:
+        pit = two.fork()
+        pit.now_ns += ns(10) + 400  # 2 ticks and a half into the new period of 1000
+        return pit
+
+    program(two, 2, 3, 8)
+    two.outb(2, 1000 & 0xFF)
+    two.outb(2, 1000 >> 8)
+    assert portb(switched()) & 0x20
+    stopped = switched()
+    gate2(stopped, 0)
+    assert count(stopped, 2) == 1000 - 2 * 2
+    rewritten = switched()
+    rewritten.outb(2, 50)
+    rewritten.outb(2, 0)
+    rewritten.advance(ns(900))
+    assert status(rewritten, 2) & 0x40
+    rewritten.advance(ns(100))
+    assert not status(rewritten, 2) & 0x40
+
+
 def test_mode_4_strobes_for_one_tick(two: Any) -> None:
     program(two, 2, 4, 3)
     assert wave(two, 8) == "11101111"
@@ -252,6 +274,13 @@ def test_read_back_latches_status_and_counts_of_several_counters(two: Any) -> No
     assert two.inb(2) | two.inb(2) << 8 == 500
 
 
+def test_a_control_word_starts_over_with_the_low_byte(two: Any) -> None:
+    program(two, 2, 0, 0x1234)
+    two.inb(2)
+    program(two, 2, 0, 0x5678)
+    assert [two.inb(2), two.inb(2)] == [0x78, 0x56]
+
+
 def test_null_count_is_set_until_a_count_is_loaded(two: Any) -> None:
     two.outb(CONTROL, 0xB4)
     assert status(two, 2) == 0x80 | 0x40 | 0x30 | 2 << 1
@@ -293,6 +322,17 @@ def test_rate_does_not_drift_when_every_wake_up_is_late(pit: Any) -> None:
     while pit.model.deadline_ns <= end:
         pit.sleep(pit.model.deadline_ns - pit.now_ns + 300_000)
     assert pit.edges["irq"] == pytest.approx(10 * HZ / 11932, abs=1)
+
+
+def test_a_new_rate_starts_at_the_end_of_the_period(pit: Any) -> None:
+    program(pit, 0, 2, 11932)
+    pit.advance(ns(6000))
+    pit.outb(0, 1193 & 0xFF)
+    pit.outb(0, 1193 >> 8)
+    pit.advance(ns(5900))
+    assert not pit.edges
+    pit.advance(ns(32 + 100 * 1193))
+    assert pit.edges["irq"] == pit.model.counters()["interrupts"] == 101
 
 
 def test_mode_0_interrupts_once(pit: Any) -> None:

@@ -223,7 +223,7 @@ def test_the_periodic_interrupt_keeps_its_rate(rtc: Any, rate: int, freq_hz: int
         rtc.advance(rtc.model.deadline_ns - rtc.now_ns)
         assert get(rtc, C) & 0xC0 == 0xC0
         reads += 1
-    assert rtc.edges["irq"] == reads == freq_hz
+    assert rtc.edges["irq"] == reads == rtc.model.counters()["interrupts"] == freq_hz
 
 
 @pytest.mark.parametrize("a", [0x20, 0x06, 0x70])
@@ -239,6 +239,20 @@ def test_flags_are_set_without_their_enable_bits(rtc: Any) -> None:
     rtc.advance(2 * S)
     assert get(rtc, C) == 0x50
     assert not rtc.edges
+
+
+def test_the_update_flag_waits_for_the_second(rtc: Any) -> None:
+    rtc.advance(S - 1)
+    assert get(rtc, C) & 0x10 == 0
+    rtc.advance(1)
+    assert get(rtc, C) & 0x10
+
+
+def test_moving_the_time_moves_the_alarm(rtc: Any) -> None:
+    set_alarm(rtc, 0x22, 0x30, 0x00)
+    put(rtc, MINUTES, 0x29)
+    rtc.advance(40 * S)
+    assert rtc.edges["irq"] == 1
 
 
 def test_enabling_a_flag_that_is_set_interrupts(rtc: Any) -> None:

@@ -285,8 +285,8 @@ def test_received_data_interrupts_at_the_trigger_level(up: Any, fcr: int, trigge
     up.type(bytes(trigger - 1))
     assert up.inb(IIR) == 0xC1
     up.type(bytes(1))
-    assert up.inb(IIR) == 0xC4
     assert up.edges["irq"] == 1
+    assert up.inb(IIR) == 0xC4
     up.inb(RBR)
     assert up.inb(IIR) == 0xC1
 
@@ -316,6 +316,70 @@ def test_a_new_character_restarts_the_time_out(up: Any) -> None:
     assert up.inb(IIR) == 0xC1
     up.advance(CHAR_NS)
     assert up.inb(IIR) == 0xCC
+
+
+def test_reading_everything_cancels_the_time_out(up: Any) -> None:
+    up.type(b"a")
+    assert up.model.deadline_ns is not None
+    up.inb(RBR)
+    assert up.model.deadline_ns is None
+
+
+def test_resetting_the_receive_fifo_forgets_a_time_out(up: Any) -> None:
+    up.outb(IER, 0x01)
+    up.type(b"a")
+    up.advance(5 * CHAR_NS)
+    assert up.inb(IIR) == 0xCC
+    up.outb(FCR, 0x83)
+    assert up.model.deadline_ns is None
+    up.type(b"b")
+    assert up.inb(IIR) == 0xC1
+
+
+def test_resetting_a_full_transmit_fifo_interrupts(up: Any) -> None:
+    up.outb(IER, 0x02)
+    up.inb(IIR)
+    up.room = 0
+    up.outb(THR, 1)
+    up.pump()
+    assert up.edges["irq"] == 1
+    up.outb(FCR, 0x85)
+    assert up.edges["irq"] == 2
+    assert up.inb(IIR) == 0xC2
+
+
+@pytest.mark.parametrize("source", [LSR, MSR])
+def test_a_status_change_interrupts_again_after_its_register_was_read(up: Any, source: int) -> None:
+    def change() -> None:
+        up.outb(MCR, LOOP | OUT1)
+        for i in range(17):
+            up.outb(THR, i)
+        up.outb(FCR, 0x03)
+        up.outb(MCR, RTS | OUT2)
+
+    up.inb(MSR)
+    up.outb(IER, 0x04 if source == LSR else 0x08)
+    for edges in (1, 2):
+        change()
+        assert up.edges["irq"] == edges
+        up.inb(source)
+        assert up.inb(IIR) == 0xC1
+
+
+def test_what_happens_is_counted(up: Any) -> None:
+    up.outb(IER, 0x02)
+    up.type(b"abc")
+    up.drain(1)
+    for i in range(3):
+        up.outb(THR, i)
+    up.drain(5)
+    up.outb(MCR, LOOP)
+    for i in range(15):
+        up.outb(THR, i)
+    counters = up.model.counters()
+    del counters["unclaimed_reads"], counters["unclaimed_writes"]
+    assert counters == {"rx_bytes": 18, "tx_bytes": 3, "tx_lost": 0, "overruns": 2, "interrupts": 2}
+    assert up.edges["irq"] == 2
 
 
 def test_priority_is_line_status_data_thre_modem(up: Any) -> None:
