@@ -110,7 +110,7 @@ _testbed = pytest.StashKey[Testbed | Unavailable]()
 
 
 def _runs_elsewhere(item: pytest.Item) -> bool:
-    return item.get_closest_marker("linux") is not None and not kvm.boots_linux()
+    return item.get_closest_marker("linux") is not None and kvm.no_linux() is not None
 
 
 def _start(session: pytest.Session) -> Testbed | Unavailable:
@@ -120,7 +120,9 @@ def _start(session: pytest.Session) -> Testbed | Unavailable:
         for package in (images.GENERIC, images.CLOUD):  # L1 has no network
             images.kernel(package)
     except images.TestbedError as e:
-        return Unavailable(f"/dev/kvm cannot run stock kernels here, and the testbed cannot be had: {e}")
+        return Unavailable(
+            f"no stock kernel boots on /dev/kvm ({kvm.no_linux()}), and there is no testbed: {e}"
+        )
     return Testbed(session.config, [item.nodeid for item in session.items if _runs_elsewhere(item)])
 
 
