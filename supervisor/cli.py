@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kvmcore.errors import EXIT_CRASH, EXIT_USAGE, ConfigError, VmsupError
+from policies.errors import PolicyError
 from supervisor import config
 
 _EPILOG = """\
@@ -112,6 +113,30 @@ def _arguments() -> argparse.ArgumentParser:
     )
     device.add_parser("list", help="every kind of device")
     device.add_parser("show", help="the registers of one").add_argument("name", metavar="NAME")
+
+    policy = verbs.add_parser("policy", help="what system calls a device may make").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    policy.add_parser("check", help="find what is wrong with policies").add_argument(
+        "names", nargs="*", metavar="NAME", help="devices or files [every shipped policy]"
+    )
+    policy.add_parser("show", help="a device's whole page: jail, system calls, reasons").add_argument(
+        "name", metavar="NAME"
+    )
+    explain = policy.add_parser("explain", help="what becomes of one system call, and by which line")
+    explain.add_argument("name", metavar="NAME")
+    explain.add_argument("call", metavar="SYSCALL", help="its name or x86-64 number")
+    explain.add_argument("args", nargs="*", metavar="ARG", help="its arguments, numbers [0]")
+    diff = policy.add_parser("diff", help="how two policies differ in effect")
+    diff.add_argument("before", metavar="A")
+    diff.add_argument("after", metavar="B")
+    compiled = policy.add_parser("compile", help="the seccomp program, killing what is not allowed")
+    compiled.add_argument("name", metavar="NAME")
+    compiled.add_argument("-o", "--output", metavar="FILE", required=True)
+    policy.add_parser("disasm", help="a compiled program as text").add_argument("file", metavar="FILE")
+
+    jail = verbs.add_parser("jail", help="what confines a device").add_subparsers(dest="what", required=True)
+    jail.add_parser("plan", help="every layer, before anything runs").add_argument("name", metavar="NAME")
     return top
 
 
@@ -130,6 +155,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except VmsupError as e:
         complain(str(e))
         code = e.exit_code
+    except PolicyError as e:
+        for diagnostic in e.diagnostics:
+            for line in diagnostic.render().splitlines():
+                complain(line)
+        code = EXIT_USAGE
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -194,6 +224,17 @@ def _dispatch(args: argparse.Namespace) -> int:
             return 0
         case "device":
             return _device(args)
+        case "policy":
+            from supervisor import pages  # noqa: PLC0415
+
+            text, code = pages.policy(args)
+            print(text)
+            return code
+        case "jail":
+            from supervisor import pages  # noqa: PLC0415
+
+            print(pages.jail_plan(args.name))
+            return 0
     raise AssertionError(args.verb)
 
 

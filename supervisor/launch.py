@@ -67,7 +67,8 @@ class _Launch:
         with step("read the configuration's files"):
             mode = self._jail_mode()
             self._check_files()
-            fstab = self._read_fstab()
+            fstab = config.android_fstab
+            setup_data = [(bootparams.SETUP_DTB, fdt.android(fstab))] if fstab is not None else []
         with step("start the janitor"):
             janitor = Janitor.start()
             self.undo.callback(janitor.finish)
@@ -126,7 +127,7 @@ class _Launch:
                 kernel,
                 config.command_line(machine.SERIAL_BASES),
                 config.initrd,
-                [(bootparams.SETUP_DTB, fdt.build(fstab))] if fstab is not None else (),
+                setup_data,
                 _ECAM_BUSES * config.pcie_ecam,
             )
             cpusetup.write_tables(memory)
@@ -170,7 +171,7 @@ class _Launch:
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
-        """One step of the start: its name begins the text of an error, and with --verbose its time is said."""
+        """One step of the start: its name begins an error's text; --verbose says when it was done."""
         try:
             yield
         except ConfigError:
@@ -189,9 +190,7 @@ class _Launch:
     def _jail_mode(self) -> jail.Mode:
         mode = jail.Mode(self.config.jail)
         if mode is jail.Mode.NONE:
-            self.say(
-                "WARNING: --no-jail: device processes run with all your rights; never do this with a guest"
-            )
+            self.say("WARNING: --no-jail: device processes run with all your rights, and so may the guest")
         elif mode is jail.Mode.BEST_EFFORT:
             self.say("WARNING: jail=best-effort: layers of the jail that this host lacks are left out")
         return mode
@@ -203,17 +202,6 @@ class _Launch:
         if self.config.initrd is not None:
             with BootFile("initrd", self.config.initrd):
                 pass
-
-    def _read_fstab(self) -> str | None:
-        path = self.config.android_fstab
-        if path is None:
-            return None
-        try:
-            with open(path, encoding="utf-8") as f:
-                return f.read()
-        except (OSError, UnicodeDecodeError) as e:
-            why = e.strerror if isinstance(e, OSError) else "not UTF-8"
-            raise ConfigError(f"--android-fstab {path}: {why}") from None
 
     def _create_memory(self, vm: Vm) -> GuestMemory:
         memory = GuestMemory.create(layout.ram_regions(self.config.mem * layout.MIB))

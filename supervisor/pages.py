@@ -1,0 +1,82 @@
+"""What `vmsup policy` and `vmsup jail` print: a device's layers, its system calls and their reasons."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from devproc import jail
+from devproc.catalog import CATALOG, Entry
+from kvmcore.errors import EXIT_CRASH, ConfigError
+from policies import commands
+from policies.parse import load
+
+
+def entry(name: str) -> Entry:
+    """The catalogue's entry.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    try:
+        return CATALOG[name]
+    except KeyError:
+        raise ConfigError(f"device {name!r} is unknown, expected one of {', '.join(CATALOG)}") from None
+
+
+def _slots(name: str) -> dict[str, int]:
+    """The descriptor constants for a device's policy, or for a file the union of all devices'."""
+    if name in CATALOG:
+        return CATALOG[name].slots()
+    return {k: v for e in CATALOG.values() for k, v in e.slots().items()}
+
+
+def jail_plan(name: str) -> str:
+    """Every step of the jail in order, as `devproc.jail` would take it."""
+    device = entry(name)
+    steps = jail.plan(jail.Mode.FULL)
+    return "\n".join(f"{n:2}. {s.name:13} {s.describe(device)}" for n, s in enumerate(steps, 1))
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise ConfigError(f"argument {text!r}: expected a number") from None
+
+
+def policy(args: argparse.Namespace) -> tuple[str, int]:
+    """(text, exit code) of one `vmsup policy` verb.
+
+    Raises:
+        ConfigError: what was named cannot be used.
+        PolicyError: a policy is wrong; shown with its line and a caret.
+    """
+    match args.what:
+        case "check":
+            names = args.names or list(CATALOG)
+            found = [d for n in names for d in commands.check([n], _slots(n))]
+            text = "\n".join(d.render() for d in found) or f"{len(names)} policies: nothing found"
+            return text, EXIT_CRASH if found else 0
+        case "show":
+            device = entry(args.name)
+            page = [f"{device.name}: {device.summary}", jail_plan(device.name)]
+            return "\n\n".join([*page, commands.show(device.name, device.slots())]), 0
+        case "explain":
+            numbers = [_number(a) for a in args.args]
+            return commands.explain(args.name, args.call, numbers, _slots(args.name)).text, 0
+        case "diff":
+            before, after = (load(n, _slots(n)) for n in (args.before, args.after))
+            return "\n".join(map(str, commands.diff(before, after))) or "no difference in effect", 0
+        case "compile":
+            (program,) = commands.compile_policy(args.name, _slots(args.name))
+            try:
+                Path(args.output).write_bytes(program)
+            except OSError as e:
+                raise ConfigError(f"--output {args.output}: {e.strerror}") from None
+            return f"{args.output}: {len(program) // 8} instructions", 0
+        case _:
+            try:
+                return commands.disasm(Path(args.file).read_bytes()), 0
+            except (OSError, ValueError) as e:
+                raise ConfigError(f"{args.file}: {getattr(e, 'strerror', None) or e}") from None
