@@ -6,6 +6,7 @@ The device process gets the two and nothing else: no path, no terminal ioctl (it
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import socket
@@ -58,9 +59,15 @@ def _own_description(fd: int) -> int:
     return os.dup(fd)
 
 
-def _stdio(janitor: Janitor) -> Console:
+def _access(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+
+
+def _stdio(where: str, janitor: Janitor) -> Console:
+    if _access(1) == os.O_RDONLY:
+        raise ConfigError(f"{where}: type=stdio: standard output is closed")
     output = _own_description(1)
-    if not os.isatty(0):
+    if _access(0) != os.O_WRONLY and not os.isatty(0):
         return Console(os.dup(0), output)
     if not terminal.is_ours(0):
         return Console(_null(), output)
@@ -115,7 +122,7 @@ def open_console(port: SerialConfig, janitor: Janitor) -> Console:
     try:
         match port.type:
             case "stdio":
-                return _stdio(janitor)
+                return _stdio(where, janitor)
             case "pty":
                 return _pty(where, port.path, janitor)
             case "socket":

@@ -1,0 +1,4 @@
+# Prints without end.
+        .include "pc.inc"
+start:  say     "ready"
+        jmp     start

@@ -1,0 +1,4 @@
+# Says hello and powers itself off.
+        .include "pc.inc"
+start:  say     "hello"
+        poweroff
