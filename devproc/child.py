@@ -6,6 +6,7 @@ Left out: the mailbox, which will carry the same messages for the hot spaces (DE
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import os
 import select
@@ -13,9 +14,10 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from devproc import jail, regs
+from devproc import jail, regs, state
 from devproc.backends.input import Input
 from devproc.backends.output import WRITE_MAX, Output
 from devproc.backends.signal import Signal
@@ -66,13 +68,23 @@ def load(entry: Entry) -> type[Any]:
     return model
 
 
+@dataclass(frozen=True)
+class _Sample:
+    value: state.U8
+
+
 def warm_up() -> None:
-    """Run what Python would import or open only later, when neither is possible any more."""
+    """In the zygote: run what is imported, opened or set up at its first use, so that the devices share it.
+
+    Sealed, they could neither import nor open.
+    """
     try:
         raise ValueError
     except ValueError:
         traceback.format_exc()
     decode(encode(Hello(VERSION, "")))
+    state.unpack(_Sample, state.pack(_Sample(1)))
+    hashlib.sha256()  # OpenSSL sets itself up
     select.select([], [], [], 0)
 
 
@@ -93,7 +105,9 @@ def main(ctx: jail.Context, model: type[Any], name: str, params: dict[str, int])
         control.send(Hello(VERSION, ctx.entry.name))
         ready = Ready(regs.digest(model))
         server = Server(ctx.entry, model, params, access, control)
-        server.warm_up()
+        # A model that imports something only to be saved is found out here, not when the policy kills it.
+        server.device.restore(server.device.save())
+        server.device.counters()
         jail.enter(steps, ctx)
         for level, text in ctx.notes:
             control.send(Log(level, text[:TEXT_MAX]))
@@ -163,12 +177,6 @@ class Server:
         clocks = {"clock": time.monotonic_ns, "wall": time.time_ns}
         self.device: Device = model(**ports, **{c: clocks[c] for c in entry.clocks})
 
-    def warm_up(self) -> None:
-        """Run what has no effect and what later runs sealed, so that it is imported and allocated."""
-        warm_up()
-        self.device.restore(self.device.save())
-        self.device.counters()
-
     def serve(self) -> None:
         """Serve until `Stop`.
 
@@ -214,8 +222,11 @@ class Server:
     def _serve_accesses(self) -> None:
         device, sizes = self.device, self._sizes
         recv, send = self._access.recv, self._access.send
-        frame = recv(ACCESS_FRAME_MAX + 1)
         for _ in range(_BURST):
+            try:
+                frame = recv(ACCESS_FRAME_MAX + 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:  # that was all of them
+                return
             if not frame:
                 raise ChannelClosed
             space, offset, size, *write = decode_access(frame)
@@ -228,10 +239,6 @@ class Server:
             device.write(space, offset, size, data)
             if not posted:
                 send(DONE_FRAME)
-                return
-            try:  # posted writes come in rows
-                frame = recv(ACCESS_FRAME_MAX + 1, socket.MSG_DONTWAIT)
-            except BlockingIOError:
                 return
 
     def _flush(self, output: Output) -> None:

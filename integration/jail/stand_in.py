@@ -1,7 +1,7 @@
 """A supervisor's part in a device's life, run in a process of its own and driven over a pipe.
 
-Run as `python stand_in.py FD`, as root or as an ordinary user, so that a test of either can look at /proc with
-the rights of whoever runs the tests.
+Run as `python stand_in.py FD`, as root or as an ordinary user, so that a test of either can look at /proc
+with the rights of whoever runs the tests.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from devproc import jail, syscalls, wire, zygote
-from devproc.catalog import CATALOG, Descriptor, Entry, Region
-from devproc.channel import Channel, ChannelClosed
-from devproc.violations import read_violation
-from policies.compile import compile_notify
-from policies.parse import load
+from devproc import jail, syscalls, wire, zygote  # noqa: E402
+from devproc.catalog import CATALOG, Descriptor, Entry, Region  # noqa: E402
+from devproc.channel import Channel, ChannelClosed  # noqa: E402
+from devproc.violations import read_violation  # noqa: E402
+from policies.compile import compile_notify  # noqa: E402
+from policies.parse import load  # noqa: E402
 
 HOSTILE = Entry(
     "hostile",

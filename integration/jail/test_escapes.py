@@ -7,7 +7,6 @@ import signal
 from typing import Any
 
 import pytest
-
 from hostile import ATTEMPTS
 
 HOST_ID = 2_000_001
