@@ -58,6 +58,8 @@ struct core {
     pthread_mutex_t add_lock;
     _Atomic uint32_t n_devices;
     _Atomic uint64_t float_reads, float_writes;
+    _Atomic uint32_t pci_address;                  /* CONFIG_ADDRESS */
+    _Atomic uint32_t pci_functions[PCI_FUNCTIONS]; /* 1 + index of the device, 0 for none */
     struct device devices[CORE_DEVICES_MAX];
 };
 
@@ -315,11 +317,33 @@ static bool is_access_size(uint32_t size)
     return size == 1 || size == 2 || size == 4 || size == 8;
 }
 
+#define PCI_ENABLE 0x80000000u
+#define PCI_ADDRESS_BITS 0x80fffffcu /* PCI 3.0, figure 3-2: enable, bus, device, function, register */
+
+/* Turns the route of an access at `offset` of a configuration window into that of the function it selects. */
+static void pci_resolve(struct core *core, bool is_mmio, bool is_write, uint64_t offset, uint32_t size,
+                        struct core_route *route)
+{
+    uint32_t address = atomic_load(&core->pci_address);
+    uint64_t bdf = is_mmio ? offset >> 12 : address >> 8 & 0xffff;
+    uint64_t reg = is_mmio ? offset & 0xfff : (address & 0xfc) + (offset & 3);
+    bool selected = is_mmio || (offset >= 4 && address & PCI_ENABLE);
+    uint32_t function = bdf < PCI_FUNCTIONS ? atomic_load(&core->pci_functions[bdf]) : 0;
+    if (!selected || !function || size > 4 || reg % size) {
+        route->kind = ROUTE_FLOAT;
+    } else if (is_write) {
+        route->kind = ROUTE_PYTHON; /* it may move a BAR */
+    } else {
+        route->kind = ROUTE_DEVICE;
+        route->index = function - 1;
+        route->base_offset = reg - offset;
+    }
+}
+
 /* ---- serving an access ---- */
 
 /* One piece of an access, at `data` in the run page, for the one range it lies in. */
-static int serve_piece(struct core_vcpu *v, const struct core_route *route, uint64_t addr, uint32_t size,
-                       uint8_t *data)
+static int serve_piece(struct core_vcpu *v, struct core_route *route, uint64_t addr, uint32_t size, uint8_t *data)
 {
     struct core *core = v->core;
     bool is_write = v->access.is_write;
@@ -327,6 +351,17 @@ static int serve_piece(struct core_vcpu *v, const struct core_route *route, uint
     if (is_write) {
         value = 0;
         memcpy(&value, data, size);
+    }
+    if (route->kind == ROUTE_PCI_CONFIG) {
+        uint64_t offset = addr - route->start;
+        if (!v->access.is_mmio && offset == 0 && size == 4) {
+            if (is_write)
+                atomic_store(&core->pci_address, (uint32_t)value & PCI_ADDRESS_BITS);
+            value = atomic_load(&core->pci_address);
+            memcpy(data, &value, size);
+            return EXIT_NONE;
+        }
+        pci_resolve(core, v->access.is_mmio, is_write, offset, size, route);
     }
     if (route->kind == ROUTE_PYTHON) {
         v->exit.is_mmio = v->access.is_mmio;
@@ -665,7 +700,7 @@ static bool route_fits(const struct core *core, const struct core_route *r, cons
 {
     return r->size && r->start <= bus_last && r->size - 1 <= bus_last - r->start &&
            (!before || (r->start > before->start && r->start - before->start >= before->size)) &&
-           r->kind <= ROUTE_PYTHON && (r->kind != ROUTE_DEVICE || r->index < core->n_devices);
+           r->kind <= ROUTE_PCI_CONFIG && (r->kind != ROUTE_DEVICE || r->index < core->n_devices);
 }
 
 /* Swaps both tables.  Routes come sorted by start.  Returns ROUTES_; or the position, counted through
@@ -712,6 +747,21 @@ uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t 
     if (index >= core->n_devices || !is_access_size(size) || data > all_ones(size))
         return CORE_INVALID;
     return device_write(core, &core->devices[index], space, offset, size, data, posted);
+}
+
+/* Function `devfn` of bus 0 is device `index` from now on. */
+int core_set_pci_function(struct core *core, uint32_t devfn, uint32_t index)
+{
+    if (devfn >= PCI_FUNCTIONS || index >= core->n_devices)
+        return -1;
+    atomic_store(&core->pci_functions[devfn], index + 1);
+    return 0;
+}
+
+/* CONFIG_ADDRESS as the guest has left it. */
+uint32_t core_pci_address(struct core *core)
+{
+    return atomic_load(&core->pci_address);
 }
 
 int core_device_counters(struct core *core, uint32_t index, struct core_device_counters *counters)

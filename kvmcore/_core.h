@@ -8,6 +8,10 @@
 #define ROUTE_DEVICE 0 /* a device process: `index`, `space`, `base_offset` */
 #define ROUTE_FLOAT 1  /* like a hole: reads are all ones, writes vanish */
 #define ROUTE_PYTHON 2 /* core_vcpu_run returns EXIT_IO */
+/* PCI configuration space: on the io bus CONFIG_ADDRESS and CONFIG_DATA, on the mmio bus ECAM.  A read goes to
+ * the function's device, in `space`; a write returns EXIT_IO; a function that does not exist floats. */
+#define ROUTE_PCI_CONFIG 3
+#define PCI_FUNCTIONS 256 /* device << 3 | function, on bus 0 */
 
 struct core_route {
     uint64_t start, size; /* [start, start + size), in bytes */
@@ -76,6 +80,8 @@ uint32_t core_read(struct core *core, uint32_t index, uint32_t space, uint64_t o
                    uint64_t *data);
 uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t offset, uint32_t size,
                     uint64_t data, int posted);
+int core_set_pci_function(struct core *core, uint32_t devfn, uint32_t index);
+uint32_t core_pci_address(struct core *core);
 int core_device_counters(struct core *core, uint32_t index, struct core_device_counters *counters);
 void core_float_counters(struct core *core, uint64_t *reads, uint64_t *writes);
 

@@ -46,6 +46,7 @@ class RouteKind(enum.IntEnum):
     DEVICE = lib.ROUTE_DEVICE
     FLOAT = lib.ROUTE_FLOAT
     PYTHON = lib.ROUTE_PYTHON
+    PCI_CONFIG = lib.ROUTE_PCI_CONFIG
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,14 @@ class Route:
     def python(cls, start: int, size: int) -> Self:
         """`CoreVcpu.run` returns an IO exit."""
         return cls(start, size, RouteKind.PYTHON)
+
+    @classmethod
+    def pci_config(cls, start: int, size: int, space: int) -> Self:
+        """PCI configuration: the eight ports of mechanism #1, or on the mmio bus ECAM from bus 0 on.
+
+        A read goes to `space` of the function's device, a write is an IO exit, the rest floats.
+        """
+        return cls(start, size, RouteKind.PCI_CONFIG, 0, space)
 
 
 class DeviceCounters(NamedTuple):
@@ -171,6 +180,20 @@ class Core:
             raise ValueError(f"no such access to device {index}")
         if gone:
             raise DeviceGone(index, _gone_text(gone & 0xFF, gone >> 8))
+
+    def set_pci_function(self, devfn: int, index: int) -> None:
+        """Function `devfn` (device << 3 | function) of bus 0 is device `index`.
+
+        Raises:
+            IndexError: no such function or device.
+        """
+        if lib.core_set_pci_function(self._core, devfn, index):
+            raise IndexError(f"function {devfn}, device {index}")
+
+    @property
+    def pci_address(self) -> int:
+        """CONFIG_ADDRESS, as the guest last wrote it."""
+        return int(lib.core_pci_address(self._core))
 
     def device_counters(self, index: int) -> DeviceCounters:
         """Raises IndexError if there is no such device."""

@@ -45,6 +45,17 @@ class DeviceTarget:
 
 
 @dataclass(frozen=True)
+class PciConfig:
+    """A PCI configuration window: the exit loop reads from the functions itself, writes come here."""
+
+    write: Callable[[int, int, int], None]
+
+    def read(self, offset: int, size: int) -> int:
+        """Never reached; all ones if it were."""
+        return (1 << 8 * size) - 1
+
+
+@dataclass(frozen=True)
 class Claim:
     """[start, start + size) belongs to `owner`."""
 
@@ -111,12 +122,17 @@ class Bus:
         raise LookupError(f"{self.name} {addr:#x}")
 
     def routes(self) -> list[Route]:
-        return [
-            Route.device(c.start, c.size, c.target.index, c.target.space, c.target.offset)
-            if isinstance(c.target, DeviceTarget)
-            else Route.python(c.start, c.size)
-            for c in self._claims
-        ]
+        return [_route(c) for c in self._claims]
+
+
+def _route(claim: Claim) -> Route:
+    match claim.target:
+        case DeviceTarget(index, space, offset):
+            return Route.device(claim.start, claim.size, index, space, offset)
+        case PciConfig():
+            return Route.pci_config(claim.start, claim.size, Space.CONFIG)
+        case _:
+            return Route.python(claim.start, claim.size)
 
 
 class Buses:

@@ -23,7 +23,7 @@ from kvmcore.kvm import Kvm, Vm
 from kvmcore.memory import GuestMemory
 from policies.errors import PolicyError
 from supervisor import console, control, ending, machine
-from supervisor.bus import Buses, Callbacks, Claim, DeviceTarget
+from supervisor.bus import Buses, Claim, DeviceTarget, PciConfig
 from supervisor.config import RunConfig
 from supervisor.ending import Ending
 from supervisor.janitor import Janitor
@@ -108,7 +108,7 @@ class _Launch:
             proxies = self._spawn(spawner, instances, mode)
         with step("build the buses"):
             chip = SplitChip(vm, router, vcpus[0], buses) if split else None
-            self._connect(buses, proxies)
+            self._connect(core, buses, proxies)
             buses.publish()
             for instance in instances:
                 if instance.gsi is not None:
@@ -235,19 +235,23 @@ class _Launch:
             proxy.await_ready(mode)
         return proxies
 
-    def _connect(self, buses: Buses, proxies: Sequence[Proxy]) -> None:
+    def _connect(self, core: Core, buses: Buses, proxies: Sequence[Proxy]) -> None:
         """Every device's registers on the buses, PCI configuration in front of the functions."""
         slots = {p.instance.pci_slot: p for p in proxies}
-        pci = PciBus(lambda slot, bars: buses.place_bars(f"{slots[slot].name} BARs", slots[slot].index, bars))
+        pci = PciBus(
+            lambda: core.pci_address,
+            lambda slot, bars: buses.place_bars(f"{slots[slot].name} BARs", slots[slot].index, bars),
+        )
         for proxy in proxies:
             for p in proxy.instance.ports:
                 target = DeviceTarget(proxy.index, p.space, p.offset)
                 buses.io.insert(Claim(p.base, p.size, proxy.name, target))
             if proxy.instance.pci_slot is not None:
                 pci.add(proxy.instance.pci_slot, proxy, FunctionShadow())
-        buses.io.insert(Claim(machine.PCI_CONFIG_BASE, 8, "pci", Callbacks(pci.port_read, pci.port_write)))
+                core.set_pci_function(proxy.instance.pci_slot << 3, proxy.index)
+        buses.io.insert(Claim(machine.PCI_CONFIG_BASE, 8, "pci", PciConfig(pci.port_write)))
         if self.config.pcie_ecam:
-            ecam = Callbacks(pci.ecam_read, pci.ecam_write)
+            ecam = PciConfig(pci.ecam_write)
             buses.mmio.insert(Claim(layout.ECAM, layout.ecam_size(_ECAM_BUSES), "pci", ecam))
 
     def _ps(self, proxies: Sequence[Proxy], nursery: Zygote) -> dict[str, Any]:

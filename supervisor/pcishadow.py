@@ -1,7 +1,6 @@
 """PCI configuration access and the supervisor's own shadow of each function (PCI 3.0, 3.2.2.3 and 6).
 
-The configuration address latch and ECAM decoding live here, because they choose the process an access
-goes to.  The shadow keeps what decides where things are mapped (command register, BARs), taken from the
+The shadow keeps what decides where things are mapped (command register, BARs), taken from the
 guest's writes and never from what a device answers; a device process cannot move a BAR.
 
 Left out: bridges and buses other than 0.
@@ -19,13 +18,11 @@ COMMAND_IO, COMMAND_MEMORY = 0x1, 0x2
 BAR0 = 0x10
 _BARS = 6
 CONFIG_SIZE = 256
-_ENABLE = 1 << 31
 
 
 class ConfigSpace(Protocol):
     """The owner of a function's configuration space: a device process behind its proxy."""
 
-    def config_read(self, offset: int, size: int) -> int: ...
     def config_write(self, offset: int, size: int, data: int) -> None: ...
 
 
@@ -88,63 +85,41 @@ def _put(value: int, part: int, byte: int) -> int:
 
 
 class PciBus:
-    """Bus 0: configuration mechanism #1 at 0xcf8, and ECAM.
+    """Writes to the configuration space of bus 0, by mechanism #1 (0xcf8) and ECAM.
+
+    Reads, the address latch and functions that do not exist are the exit loop's.
 
     Args:
+        address: CONFIG_ADDRESS as the guest last wrote it.
         remap: called with the device number and its mappings after a write that moved a BAR.
     """
 
-    def __init__(self, remap: Callable[[int, tuple[Mapping, ...]], None]) -> None:
+    def __init__(self, address: Callable[[], int], remap: Callable[[int, tuple[Mapping, ...]], None]) -> None:
         self._functions: dict[int, tuple[ConfigSpace, FunctionShadow]] = {}
+        self._address = address
         self._remap = remap
         self._lock = threading.Lock()  # a vCPU must not remap while another does
-        self._address = 0
-        self.absent = 0  # accesses to functions that do not exist
 
     def add(self, slot: int, owner: ConfigSpace, shadow: FunctionShadow) -> None:
         """Function 0 of device `slot` (0..31)."""
         assert slot not in self._functions and 0 <= slot < 32
         self._functions[slot] = (owner, shadow)
 
-    def port_read(self, offset: int, size: int) -> int:
-        """0xcf8..0xcff.  CONFIG_ADDRESS is a 32-bit register: narrower accesses to it are not decoded."""
-        if offset < 4:
-            return self._address if (offset, size) == (0, 4) else (1 << 8 * size) - 1
-        if not self._address & _ENABLE:
-            return (1 << 8 * size) - 1
-        return self._read(self._address >> 8 & 0xFFFF, (self._address & 0xFC) + offset - 4, size)
-
     def port_write(self, offset: int, size: int, data: int) -> None:
-        if offset < 4:
-            if (offset, size) == (0, 4):
-                self._address = data & (_ENABLE | 0xFFFFFC)
-        elif self._address & _ENABLE:
-            self._write(self._address >> 8 & 0xFFFF, (self._address & 0xFC) + offset - 4, size, data)
-
-    def ecam_read(self, offset: int, size: int) -> int:
-        return self._read(offset >> 12, offset & 0xFFF, size)
+        """`offset` from 0xcf8."""
+        address = self._address()
+        self._write(address >> 8 & 0xFFFF, (address & 0xFC) + (offset & 3), size, data)
 
     def ecam_write(self, offset: int, size: int, data: int) -> None:
         self._write(offset >> 12, offset & 0xFFF, size, data)
 
-    def _read(self, bdf: int, offset: int, size: int) -> int:
-        found = self._function(bdf)
-        if found is None or offset % size or size > 4:
-            self.absent += 1
-            return (1 << 8 * size) - 1
-        return found[0].config_read(offset, size)
-
     def _write(self, bdf: int, offset: int, size: int, data: int) -> None:
-        found = self._function(bdf)
-        if found is None or offset % size or size > 4:
-            self.absent += 1
+        """`bdf`: bus << 8 | device << 3 | function."""
+        found = None if bdf & 0x7 or bdf >> 8 else self._functions.get(bdf >> 3)
+        if found is None:  # the exit loop knew it, so another vCPU has moved the address meanwhile
             return
         owner, shadow = found
         with self._lock:
             owner.config_write(offset, size, data)
             if shadow.write(offset, size, data):
                 self._remap(bdf >> 3, shadow.mappings())
-
-    def _function(self, bdf: int) -> tuple[ConfigSpace, FunctionShadow] | None:
-        """`bdf`: bus << 8 | device << 3 | function."""
-        return None if bdf & 0x7 or bdf >> 8 else self._functions.get(bdf >> 3)

@@ -98,14 +98,7 @@ class Proxy:
                 self._say(self.name, text)
         self._asked_at_s = time.monotonic()
 
-    # -- register accesses from Python (configuration space; everything else goes through the exit loop)
-
-    def config_read(self, offset: int, size: int) -> int:
-        """Raises DeviceDied."""
-        try:
-            return self._core.read(self.index, Space.CONFIG, offset, size)
-        except DeviceGone as e:
-            raise DeviceDied(self.name, str(e)) from None
+    # -- the one access from Python; all others are the exit loop's
 
     def config_write(self, offset: int, size: int, data: int) -> None:
         """Marked, not posted: what it changes is in force when the guest goes on.  Raises DeviceDied."""
