@@ -2,10 +2,10 @@
 
 Where the text leaves a choice the reading is Linux's (drivers/tty/serial/8250): it must find a "16550A" and
 none of that chip's bugs.  Left out: the wire.  Bytes leave and arrive whole and at once, whatever the baud
-rate, so there is no parity or framing error, no break (LCR bit 6 is kept and goes nowhere) and no DMA mode.
-Only two interrupts follow the divisor: the character time-out, and THRE, one character after the last byte
-went out; without that pause a driver would empty its whole buffer inside one interrupt.  MSR's delta bits
-cannot be written.
+rate, so there is no parity or framing error, no break (LCR bit 6 is kept and goes nowhere) and no DMA mode;
+only the character time-out follows the divisor.  THRE does not, on purpose: a driver then empties its buffer
+inside one interrupt, and what a guest prints just before it powers off is not lost.  MSR's delta bits cannot
+be written.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SerialState:
     overrun: bool
     delta: Annotated[int, Range(0, 0x0F)]
     thre: bool
-    thre_in_ns: Annotated[int, Range(0, 1 << 40)] | None
+    sent: bool
     cti: bool
     cti_in_ns: Annotated[int, Range(0, 1 << 40)] | None
     line: Annotated[int, Range(0, 31)]
@@ -78,15 +78,15 @@ class Serial(Model):
         input: what the guest receives.  It is read only while the FIFO has room and the guest asserts RTS, so
             nothing typed is lost to a full FIFO or to the FIFO resets of a driver that is starting.
         output: what the guest transmits.  What it does not take waits in the transmit FIFO with THRE clear.
-        clock: paces the THRE and time-out interrupts.
+        clock: paces the character time-out.
 
     Threats:
         1. The guest transmits faster than the host drains → 16 bytes wait, later ones are lost and counted.
         2. The guest never reads → at most 16 bytes are taken from the input, the rest stays on the host.
         3. The guest loops its output back → the overrun sets OE; the FIFO stays at 16 bytes.
-        4. The guest wants every interrupt → each edge takes an access, an input byte or a deadline.
-        5. The guest sets a divisor of 0 or 1 → a deadline is at least a character of 7 bits at 115200 baud
-           away, and there is at most one per byte sent, received or read.
+        4. The guest wants every interrupt → each edge takes an access, an input byte or a time-out.
+        5. The guest sets a divisor of 0 or 1 → a time-out is at least 4 characters of 7 bits at 115200 baud
+           away, and comes at most once per byte received or read.
     """
 
     TABLES = (
@@ -124,7 +124,7 @@ class Serial(Model):
         self._lines = MSR_CTS | MSR_DSR | MSR_DCD
         self._delta = 0
         self._thre = False  # the THRE interrupt is pending (LSR's THRE is "_tx is empty")
-        self._thre_due_ns: int | None = None  # when it becomes so: a burst of 16 bytes is one interrupt
+        self._sent = False  # it becomes so when the guest pauses: a burst of 16 bytes is one interrupt
         self._cti = False
         self._cti_due_ns: int | None = None
         self._line = 0  # the causes that INTR stands for, when OUT2 lets it through
@@ -155,8 +155,7 @@ class Serial(Model):
                 self._counts["tx_lost"] += 1
         else:
             self._counts["tx_bytes"] += 1
-        done = self._ier & IER_ETBEI and not self._tx
-        self._thre_due_ns = self._clock() + self._char_ns() if done else None
+        self._sent = not self._tx and bool(self._ier & IER_ETBEI)
 
     def read_IER(self) -> int:
         return self._ier
@@ -165,7 +164,6 @@ class Serial(Model):
         # Enabling THRE with the transmitter empty interrupts at once; Linux tests for chips that do not.
         if data & ~self._ier & IER_ETBEI:
             self._thre = not self._tx
-            self._thre_due_ns = None
         self._ier = data & 0x0F
         self._refresh()
 
@@ -223,17 +221,12 @@ class Serial(Model):
 
     @property
     def deadline_ns(self) -> int | None:
-        if self._thre_due_ns is None or self._cti_due_ns is None:
-            return self._cti_due_ns if self._thre_due_ns is None else self._thre_due_ns
-        return min(self._thre_due_ns, self._cti_due_ns)
+        return 0 if self._sent else self._cti_due_ns
 
     def on_deadline(self, now_ns: int) -> None:
         if self._cti_due_ns is not None and now_ns >= self._cti_due_ns:
             self._cti_due_ns = None
             self._cti = True
-        if self._thre_due_ns is not None and now_ns >= self._thre_due_ns:
-            self._thre_due_ns = None
-            self._thre = True
         self._refresh()
 
     @property
@@ -275,14 +268,10 @@ class Serial(Model):
     def _restart_timeout(self) -> None:
         self._cti_due_ns = None
         if self._fcr and self._rx and not self._cti:
-            self._cti_due_ns = self._clock() + TIMEOUT_CHARS * self._char_ns()
-
-    def _char_ns(self) -> int:
-        """How long a character would be on the wire."""
-        lcr = self.stored["LCR"]
-        bits = 7 + (lcr & 3) + bool(lcr & LCR_STB) + bool(lcr & LCR_PEN)
-        divisor = max(1, self.stored["DLM"] << 8 | self.stored["DLL"])
-        return bits * divisor * 16 * 10**9 // CLOCK_HZ
+            lcr = self.stored["LCR"]
+            bits = 7 + (lcr & 3) + bool(lcr & LCR_STB) + bool(lcr & LCR_PEN)
+            divisor = max(1, self.stored["DLM"] << 8 | self.stored["DLL"])
+            self._cti_due_ns = self._clock() + TIMEOUT_CHARS * bits * divisor * 16 * 10**9 // CLOCK_HZ
 
     def _set_modem(self, mcr: int) -> None:
         """What follows from MCR: the modem lines as MSR shows them, and the gate on INTR."""
@@ -299,6 +288,9 @@ class Serial(Model):
 
     def _refresh(self) -> int:
         """The causes now, after raising `irq` where INTR has risen or stays up for the next cause."""
+        if self._sent:
+            self._sent = False
+            self._thre = True
         ier = self._ier
         causes = 0
         if ier & IER_ELSI and self._overrun:
@@ -322,8 +314,7 @@ class Serial(Model):
     # -- state
 
     def save(self) -> bytes:
-        now = self._clock()
-        thre_due, cti_due = self._thre_due_ns, self._cti_due_ns
+        due = self._cti_due_ns
         return state.pack(
             SerialState(
                 registers=self.stored_values(),
@@ -334,9 +325,9 @@ class Serial(Model):
                 overrun=self._overrun,
                 delta=self._delta,
                 thre=self._thre,
-                thre_in_ns=None if thre_due is None else max(0, thre_due - now),
+                sent=self._sent,
                 cti=self._cti,
-                cti_in_ns=None if cti_due is None else max(0, cti_due - now),
+                cti_in_ns=None if due is None else max(0, due - self._clock()),
                 line=self._line,
                 flow=self._flow,
             )
@@ -355,10 +346,9 @@ class Serial(Model):
         self._overrun = s.overrun
         self._delta = s.delta
         self._thre = s.thre
+        self._sent = s.sent
         self._cti = s.cti
-        now = self._clock()
-        self._thre_due_ns = None if s.thre_in_ns is None else now + s.thre_in_ns
-        self._cti_due_ns = None if s.cti_in_ns is None else now + s.cti_in_ns
+        self._cti_due_ns = None if s.cti_in_ns is None else self._clock() + s.cti_in_ns
         self._line = s.line
         self._flow = s.flow
 
