@@ -219,7 +219,7 @@ def with_lint(registers: bytes) -> bytes:
 
 
 def setup(kvm: Kvm, vcpu: Vcpu, cpus: int, entry: int) -> None:
-    """Give `vcpu`, one of `cpus`, its CPUID, MSRs, FPU and LINTs, and the first what it boots with at `entry`.
+    """Give `vcpu`, one of `cpus`, its CPUID, MSRs, FPU and LINTs; the first also gets ready to boot `entry`.
 
     The others stay as KVM made them, waiting for the first one's INIT and SIPI.
 
