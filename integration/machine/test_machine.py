@@ -41,6 +41,13 @@ def test_guest_nonsense_leaves_the_vm_running(elf: Callable[[str], str], guest: 
     assert (result.code, result.errors) == (0, "")
 
 
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+def test_the_pit_interrupts_through_the_pic(elf: Callable[[str], str], irqchip: str) -> None:
+    result = vm.run("--irqchip", irqchip, elf("pic"))
+    assert "five ticks" in result.console
+    assert (result.code, result.errors) == (0, "")
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_killed_device_ends_the_vm_by_name(machine: Start, name: str) -> None:
     one = machine("idle", "--irqchip", "split")
