@@ -46,6 +46,7 @@ from policies.parse import load
 Filters = tuple[bytes, bytes]
 
 _LAUNCH_S: Final = 10.0  # a launcher needs 3 ms; one that takes this long is stuck
+_ZYGOTE_S: Final = 30.0
 _SOCKET: Final = 3  # where the zygote keeps the one descriptor it has
 _FD_MAX: Final = 0xFFFF_FFFF
 # SIGTERM too: a service manager sends it to every process at once, and the supervisor decides who ends when.
@@ -105,6 +106,8 @@ class Zygote:
             answer = self._channel.recv()
         except ChannelClosed:
             raise SpawnError(f"{name}: the zygote is gone") from None
+        except TimeoutError:
+            raise SpawnError(f"{name}: the zygote said nothing for {_ZYGOTE_S:g} s") from None
         if isinstance(answer, Spawned):
             return answer.pid
         assert isinstance(answer, Failed)
@@ -196,6 +199,7 @@ def start(filters: Callable[[Entry], Filters] = compiled) -> Zygote:
         finally:
             os._exit(1)
     theirs.close()
+    ours.settimeout(_ZYGOTE_S)
     return Zygote(pid, Channel(ours, SPAWN_TABLE, "idle", Sender.SUPERVISOR, Sender.ZYGOTE))
 
 
@@ -268,7 +272,7 @@ def _spawn(
             pid = _watch_launcher(ours, launcher, request.host_id)
         except TimeoutError:
             os.kill(launcher, signal.SIGKILL)
-            raise SpawnError(f"the launcher said nothing for {_LAUNCH_S} s") from None
+            raise SpawnError(f"the launcher said nothing for {_LAUNCH_S:g} s") from None
         finally:
             # Only now is the device certain to be the supervisor's child.  An EOF from the launcher would not
             # say so: a process that exits closes its descriptors before it gives its children away.

@@ -125,8 +125,7 @@ def test_four_vcpus_are_four_cores_of_one_package(initrd: Initrd, booted: Callab
 
 
 def test_the_pit_process_can_be_the_only_timer(initrd: Initrd, booted: Callable[[], None]) -> None:
-    # No local APIC timer and no kvmclock: the TSC is calibrated against the pit process, and its edges on GSI 0
-    # are the ticks.
+    # No local APIC timer and no kvmclock: the edges of the pit process on GSI 0 are the ticks.
     script = images.REPORT + "sed 's/^/irq: /' /proc/interrupts\nsleep 1\nreboot -f\n"
     timer = ("nolapic_timer", "no-kvmclock")
     vmsup = boot(initrd, "generic-noacpi", script, "--irqchip", "split", params=timer)
