@@ -169,6 +169,9 @@ class StandIn:
         self.devices[name]["access"].close()
         return self.reap(name)
 
+    def drop_privileges(self) -> None:
+        jail.drop_privileges()
+
     def kill(self, name: str) -> tuple[int, int]:
         os.kill(self.devices[name]["pid"], 9)
         return self.reap(name)
