@@ -45,6 +45,7 @@ from policies.parse import load
 
 Filters = tuple[bytes, bytes]
 
+_NOTES_MAX: Final = 64  # a jail has a dozen steps; without end they would keep the start from ever failing
 _LAUNCH_S: Final = 10.0  # a launcher needs 3 ms; one that takes this long is stuck
 _ZYGOTE_S: Final = 30.0
 _SOCKET: Final = 3  # where the zygote keeps the one descriptor it has
@@ -164,7 +165,7 @@ def await_ready(control: Channel, device: str, mode: jail.Mode) -> Greeting:
                     raise SpawnError(f"{name} version {version} answers, expected {device} version {VERSION}")
                 case Hello():
                     pass
-                case Log(level, text):
+                case Log(level, text) if len(notes) < _NOTES_MAX:
                     notes.append((level, text))
                 case Failed(why):
                     raise SpawnError(why)

@@ -163,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard(1)
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else EXIT_CRASH
     except Exception as e:
@@ -176,12 +175,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def complain(line: str) -> None:
     """One line on stderr, whatever state it is in."""
-    with contextlib.suppress(OSError, ValueError):
-        end = "\r\n" if sys.stderr.isatty() else "\n"
-        # A device's or a file's words may be in it: nothing of theirs drives the user's terminal.
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.splitlines()))
-        sys.stderr.write(f"vmsup: {text}{end}")
+    # A device's or a file's words may be in it: nothing of theirs drives the user's terminal.
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.splitlines()))
+    try:
+        sys.stderr.write(f"vmsup: {text}" + ("\r\n" if sys.stderr.isatty() else "\n"))
         sys.stderr.flush()
+    except (OSError, ValueError):
+        _discard(2)
+
+
+def _discard(fd: int) -> None:
+    """Nobody takes what is written to `fd`; what is still buffered must not fail the interpreter's exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def _ensure_standard_descriptors() -> None:
