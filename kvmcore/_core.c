@@ -462,7 +462,7 @@ int core_vcpu_dispatch(struct core_vcpu *v)
     struct access *a = &v->access;
     switch (run->exit_reason) {
     case KVM_EXIT_IO:
-        if (run->io.data_offset > v->run_size ||
+        if (!run->io.size || run->io.data_offset > v->run_size ||
             (uint64_t)run->io.size * run->io.count > v->run_size - run->io.data_offset)
             return report(v, EXIT_UNKNOWN, KVM_EXIT_IO);
         *a = (struct access){.pending = true,
@@ -473,7 +473,7 @@ int core_vcpu_dispatch(struct core_vcpu *v)
                              .data = (uint8_t *)run + run->io.data_offset};
         return serve(v);
     case KVM_EXIT_MMIO:
-        if (run->mmio.len > sizeof run->mmio.data)
+        if (!run->mmio.len || run->mmio.len > sizeof run->mmio.data)
             return report(v, EXIT_UNKNOWN, KVM_EXIT_MMIO);
         *a = (struct access){.pending = true,
                              .is_mmio = true,

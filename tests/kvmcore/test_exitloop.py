@@ -421,6 +421,7 @@ def test_a_failure_without_an_instruction_is_described(machine: Machine) -> None
         struct.pack("<BBHIQ", 0, 4, 0x60, 1, RUN_SIZE - 3),
         struct.pack("<BBHIQ", 0, 255, 0x60, 0xFFFFFFFF, PIO_DATA),
         struct.pack("<BBHIQ", 0, 1, 0x60, 1, (1 << 64) - 1),
+        struct.pack("<BBHIQ", 0, 0, 0x60, 0xFFFFFFFF, PIO_DATA),
     ],
 )
 def test_port_data_outside_the_run_page_is_not_touched(machine: Machine, fields: bytes) -> None:
@@ -429,8 +430,9 @@ def test_port_data_outside_the_run_page_is_not_touched(machine: Machine, fields:
     assert exit_.kind is ExitKind.UNKNOWN
 
 
-def test_an_mmio_length_beyond_its_data_is_not_used(machine: Machine) -> None:
-    exit_ = machine.mmio(0, 9)
+@pytest.mark.parametrize("size", [0, 9])
+def test_an_mmio_length_that_its_data_cannot_have_is_not_used(machine: Machine, size: int) -> None:
+    exit_ = machine.mmio(0, size)
     assert exit_ is not None
     assert exit_.kind is ExitKind.UNKNOWN
 
