@@ -1,29 +1,21 @@
 """The zygote: forked before /dev/kvm is opened, it forks every device process (DESIGN sections 1 and 8).
 
-Spec: user_namespaces(7) for the id maps, unix(7) for SCM_RIGHTS, PR_SET_CHILD_SUBREAPER in prctl(2).
-
-It is single-threaded, holds its socket and the standard descriptors, and has in memory what device processes
-share, but neither device code nor anything of a guest.  A request is a `wire.Spawn` with the device's
-descriptors.  The zygote forks a launcher, which leaves the namespaces and forks the device; when the launcher
-is gone the device is a child of the supervisor, and only then is it told to go on.  Left out: exec of a fresh
-interpreter per device, which would give each its own address space layout.
+Here is the supervisor's side: the handle, and what a new device says until it is ready.  The process itself
+is `devproc/nursery.py`, which is imported after the fork.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-import signal
 import socket
-import struct
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Final
 
-from devproc import child, jail, syscalls
-from devproc.catalog import CATALOG, Entry
-from devproc.channel import FDS_MAX, Channel, ChannelClosed
+from devproc import jail
+from devproc.catalog import Entry
+from devproc.channel import Channel, ChannelClosed
 from devproc.wire import (
     CONTROL_TABLE,
     SPAWN_TABLE,
@@ -40,33 +32,15 @@ from devproc.wire import (
     Spawned,
     require_c_extension,
 )
-from policies.compile import compile_notify
-from policies.parse import load
 
 Filters = tuple[bytes, bytes]
 
 _NOTES_MAX: Final = 64  # a jail has a dozen steps; without end they would keep the start from ever failing
-_LAUNCH_S: Final = 10.0  # a launcher needs 3 ms; one that takes this long is stuck
 _ZYGOTE_S: Final = 30.0
-_SOCKET: Final = 3  # where the zygote keeps the one descriptor it has
-_FD_MAX: Final = 0xFFFF_FFFF
-# SIGTERM too: a service manager sends it to every process at once, and the supervisor decides who ends when.
-_IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
-# What a launcher and the zygote say to each other; a pid and an error text follow their word.
-_MAP, _MAPPED, _PID, _ERROR, _GO = b"map", b"mapped", b"pid ", b"error ", b"go"
 
 
 class SpawnError(Exception):
     """A device process could not be started; one line, naming the device and the step."""
-
-
-def compiled(entry: Entry) -> Filters:
-    """The two programs of policies/NAME.policy.
-
-    Raises:
-        policies.errors.PolicyError: the policy is missing or wrong.
-    """
-    return compile_notify(load(entry.name, entry.slots()), jail.SETUP_CALLS)
 
 
 class Zygote:
@@ -139,10 +113,13 @@ def control_channel(sock: socket.socket) -> Channel:
     return Channel(sock, CONTROL_TABLE, "start", Sender.SUPERVISOR, Sender.DEVICE)
 
 
-def await_ready(control: Channel, device: str, mode: jail.Mode) -> Greeting:
+def await_ready(
+    control: Channel, device: str, mode: jail.Mode, watch: Callable[[int], None] | None = None
+) -> Greeting:
     """Follow a device from its first message to `Ready`.
 
-    Set a timeout on `control.sock` first; a device that never gets ready is a TimeoutError.
+    Set a timeout on `control.sock` first; a device that never gets ready is a TimeoutError.  `watch` is
+    called with the listener when it has come: only what `watch` starts can then let the device go on.
 
     Raises:
         SpawnError: it says why it failed, or is another device than asked for.
@@ -157,6 +134,8 @@ def await_ready(control: Channel, device: str, mode: jail.Mode) -> Greeting:
             message, fds = control.recv_fds(1) if expecting else (control.recv(), [])
             if isinstance(message, Listener) and len(fds) == 1:
                 listener = fds[0]
+                if watch is not None:
+                    watch(listener)
                 continue
             for fd in fds:
                 os.close(fd)
@@ -179,11 +158,13 @@ def await_ready(control: Channel, device: str, mode: jail.Mode) -> Greeting:
         raise
 
 
-def start(filters: Callable[[Entry], Filters] = compiled) -> Zygote:
+def start(kinds: Sequence[str] = (), filters: Callable[[Entry], Filters] | None = None) -> Zygote:
     """Fork the zygote.  Call it from the main thread, before there are others and before /dev/kvm is opened.
 
     Args:
-        filters: where the two seccomp programs of a kind come from; called in the zygote, once per kind.
+        kinds: catalogue names to get ready for while the caller goes on.
+        filters: where the two seccomp programs of a kind come from; called in the zygote, once per kind
+            [policies/NAME.policy].
 
     Raises:
         WireError: msgpack's C extension is missing.
@@ -194,7 +175,10 @@ def start(filters: Callable[[Entry], Filters] = compiled) -> Zygote:
     pid = os.fork()
     if pid == 0:
         try:
-            _become_zygote(theirs.detach(), parent, filters)
+            # Device code and policies are the zygote's alone: the supervisor never has them in memory.
+            from devproc import nursery  # noqa: PLC0415
+
+            nursery.main(theirs.detach(), parent, kinds, filters or nursery.compiled)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -202,146 +186,3 @@ def start(filters: Callable[[Entry], Filters] = compiled) -> Zygote:
     theirs.close()
     ours.settimeout(_ZYGOTE_S)
     return Zygote(pid, Channel(ours, SPAWN_TABLE, "idle", Sender.SUPERVISOR, Sender.ZYGOTE))
-
-
-def _become_zygote(fd: int, parent: int, filters: Callable[[Entry], Filters]) -> NoReturn:
-    os.setsid()  # out of reach of the terminal's Ctrl-C and Ctrl-Z
-    jail.die_with_parent()
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(0)
-    signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, signal.SIG_IGN if number in _IGNORED else signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    jail.title("zygote")
-    child.warm_up()
-    gc.collect()
-    null = os.open(os.devnull, os.O_RDWR)
-    for std in (0, 1):
-        os.dup2(null, std)
-    if fd != _SOCKET:
-        os.dup2(fd, _SOCKET, inheritable=False)
-    syscalls.close_range(_SOCKET + 1, _FD_MAX)
-    # Objects that exist now are moved out of the collector's sight: it would write to their pages, and every
-    # page written to is one a device process no longer shares (a third of the memory per device without it).
-    gc.freeze()
-    sock = socket.socket(fileno=_SOCKET)
-    _serve(Channel(sock, SPAWN_TABLE, "idle", Sender.ZYGOTE, Sender.SUPERVISOR), filters)
-
-
-def _serve(channel: Channel, filters: Callable[[Entry], Filters]) -> NoReturn:
-    cache: dict[str, Filters] = {}
-    while True:
-        try:
-            request, fds = channel.recv_fds(FDS_MAX)
-        except ChannelClosed:
-            os._exit(0)
-        assert isinstance(request, Spawn)  # by the table
-        try:
-            channel.send(Spawned(_spawn(request, fds, filters, cache)))
-        except (SpawnError, OSError) as e:
-            channel.send(Failed(str(e)[:1000]))
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-
-def _spawn(
-    request: Spawn, fds: list[int], filters: Callable[[Entry], Filters], cache: dict[str, Filters]
-) -> int:
-    try:
-        entry = CATALOG[request.device]
-        mode = jail.Mode(request.jail)
-        params = entry.check_params(request.params)
-        if mode is not jail.Mode.NONE and entry.name not in cache:
-            cache[entry.name] = filters(entry)
-    except Exception as e:  # a policy is text a user may edit: whatever is wrong with it is the answer
-        raise SpawnError(f"{type(e).__name__}: {e}") from e
-    if len(fds) != len(entry.slots()):
-        raise SpawnError(f"{len(fds)} descriptors, expected {len(entry.slots())}")
-
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    launcher = os.fork()
-    if launcher == 0:
-        ours.close()
-        os.close(_SOCKET)
-        _launch(theirs, entry, mode, request.name, params, fds, cache.get(entry.name))
-    theirs.close()
-    with ours:
-        ours.settimeout(_LAUNCH_S)
-        try:
-            pid = _watch_launcher(ours, launcher, request.host_id)
-        except TimeoutError:
-            os.kill(launcher, signal.SIGKILL)
-            raise SpawnError(f"the launcher said nothing for {_LAUNCH_S:g} s") from None
-        finally:
-            # Only now is the device certain to be the supervisor's child.  An EOF from the launcher would not
-            # say so: a process that exits closes its descriptors before it gives its children away.
-            os.waitpid(launcher, 0)
-        ours.send(_GO)
-    return pid
-
-
-def _watch_launcher(link: socket.socket, launcher: int, host_id: int) -> int:
-    """The device's pid, once the launcher has it."""
-    while True:
-        answer = link.recv(1100)
-        if answer == _MAP:
-            try:
-                _map_ids(launcher, host_id)
-            except OSError as e:
-                link.send(struct.pack("=i", e.errno or 0))
-            else:
-                link.send(_MAPPED)
-        elif answer.startswith(_PID):
-            return int(answer.removeprefix(_PID))
-        else:
-            why = answer.removeprefix(_ERROR).decode(errors="replace")
-            raise SpawnError(why or "the launcher died")
-
-
-def _map_ids(pid: int, host_id: int) -> None:
-    uid, gid = (host_id, host_id) if host_id else (os.geteuid(), os.getegid())
-    for name, text in (
-        ("setgroups", "deny"),  # or a group that is there to take rights away could be dropped
-        ("uid_map", f"{jail.INSIDE_ID} {uid} 1"),
-        ("gid_map", f"{jail.INSIDE_ID} {gid} 1"),
-    ):
-        with open(f"/proc/{pid}/{name}", "w") as f:
-            f.write(text)
-
-
-def _launch(
-    link: socket.socket,
-    entry: Entry,
-    mode: jail.Mode,
-    name: str,
-    params: dict[str, int],
-    fds: list[int],
-    filters: Filters | None,
-) -> NoReturn:
-    """The launcher, and as its child the device."""
-
-    def map_ids() -> None:
-        link.send(_MAP)
-        answer = link.recv(16)
-        if answer != _MAPPED:
-            err = struct.unpack("=i", answer)[0]
-            raise OSError(err, f"mapping the ids: {os.strerror(err)}")
-
-    try:
-        model = child.load(entry)  # with the caller's ids, which can read it; the device's own may not
-        ctx = jail.Context(entry, mode, fds, filters, map_ids)
-        jail.enter(jail.plan(mode, "launcher"), ctx)
-        pid = os.fork()
-        if pid == 0:
-            go = link.recv(len(_GO)) == _GO
-            link.close()
-            if go:
-                child.main(ctx, model, name, params)
-            os._exit(0)
-        link.send(_PID + str(pid).encode())
-    except BaseException as e:
-        link.send(_ERROR + f"{e if isinstance(e, jail.JailError) else repr(e)}"[:1000].encode())
-    finally:
-        os._exit(0)

@@ -75,7 +75,7 @@ class _Launch:
         with step("fork the zygote"):
             jail.adopt_orphans()
             self.undo.callback(jail.adopt_orphans, False)
-            nursery = zygote.start()
+            nursery = zygote.start(machine.kinds(config))
             self.undo.callback(_end_zygote, nursery)
         with step("open /dev/kvm"):
             kvm = self.undo.enter_context(Kvm())

@@ -95,6 +95,11 @@ def acpi_machine(config: RunConfig, mem_size: int, ecam_buses: int) -> acpi.Mach
     )
 
 
+def kinds(config: RunConfig) -> list[str]:
+    """The catalogue names that `instances` will ask for."""
+    return list(dict.fromkeys(i.entry.name for i in instances(config, 0, 0)))
+
+
 def instances(config: RunConfig, mem_below_4g: int, mem_above_4g: int) -> tuple[Instance, ...]:
     """Every device of the machine that `config` describes; sizes in bytes."""
     split = config.irqchip == "split"

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from devproc import jail, syscalls, wire, zygote  # noqa: E402
+from devproc import jail, nursery, syscalls, wire, zygote  # noqa: E402
 from devproc.catalog import CATALOG, Descriptor, Entry, Region  # noqa: E402
 from devproc.channel import Channel, ChannelClosed  # noqa: E402
 from devproc.violations import read_violation  # noqa: E402
@@ -39,7 +39,7 @@ HOSTILE = Entry(
 
 def filters(entry: Entry) -> zygote.Filters:
     if entry is not HOSTILE:
-        return zygote.compiled(entry)
+        return nursery.compiled(entry)
     return compile_notify(load(str(HERE / "hostile.policy"), entry.slots()), jail.SETUP_CALLS)
 
 
@@ -52,7 +52,7 @@ class StandIn:
             syscalls.unshare(syscalls.CLONE_NEWNS)
             syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
         jail.adopt_orphans()
-        self.zygote = zygote.start(filters)
+        self.zygote = zygote.start((), filters)
         self.devices: dict[str, dict[str, Any]] = {}
         memory = os.memfd_create("guest-memory")
         os.truncate(memory, 1 << 20)
