@@ -24,7 +24,7 @@ from supervisor.spawn import host_id
 
 OFFERED: Final = "offered"
 _DEVICE: Final = "pci-host"  # the process whose jail is tried: it needs nothing but its channels
-_SPAWN_WITHIN_S: Final = 10
+_SPAWN_WITHIN_S: Final = 30  # as long as `vmsup run` waits
 _OWN_ID: Final = "own host uid"
 _NAMESPACES: Final = {
     "user": syscalls.CLONE_NEWUSER,
