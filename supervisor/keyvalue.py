@@ -15,8 +15,9 @@ from kvmcore.errors import ConfigError
 
 Value = str | int | bool
 
+_NAME = "[A-Za-z][A-Za-z0-9_-]*"
 _ITEM = re.compile(
-    r'(?:(?P<key>[A-Za-z][A-Za-z0-9_-]*)=)?+(?P<value>"(?:[^"\\]|\\.)*"|(?!")[^,]*)(?P<end>,|$)', re.S
+    rf'(?:(?P<key>{_NAME})=|(?!{_NAME}=))(?P<value>"(?:[^"\\]|\\.)*"|(?!")[^,]*)(?P<end>,|$)', re.S
 )
 _TRUE, _FALSE = ("true", "on", "1"), ("false", "off", "0")
 
