@@ -15,6 +15,7 @@ import pytest
 
 from integration.boot import vm
 from integration.machine.conftest import PATIENCE_S, Machine
+from kvmcore.kvm import Kvm
 
 pytestmark = pytest.mark.kvm
 
@@ -46,6 +47,16 @@ def test_the_pit_interrupts_through_the_pic(elf: Callable[[str], str], irqchip: 
     result = vm.run("--irqchip", irqchip, elf("pic"))
     assert "five ticks" in result.console
     assert (result.code, result.errors) == (0, "")
+
+
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+def test_the_tsc_can_be_calibrated_against_the_pit(elf: Callable[[str], str], irqchip: str) -> None:
+    with Kvm() as kvm, kvm.create_vm() as vm_, vm_.create_vcpu(0) as vcpu:
+        expected = vcpu.tsc_khz() * 50
+    result = vm.run("--irqchip", irqchip, elf("calibrate"))
+    ticks = int(result.lines[-1][1], 16)
+    # Linux takes the shortest of its tries; one try may have waited for a CPU, but is never short.
+    assert 0.98 * expected < ticks < 2 * expected
 
 
 @pytest.mark.parametrize("name", DEVICES)
