@@ -304,6 +304,11 @@ def drop_privileges() -> None:
     prctl.set_no_new_privs(1)
 
 
+def forbid_gain() -> None:
+    """no_new_privs for the calling thread, which lets an ordinary user load seccomp filters."""
+    prctl.set_no_new_privs(1)
+
+
 def die_with_parent() -> None:
     """SIGKILL this process when the thread that forked it ends."""
     prctl.set_pdeathsig(signal.SIGKILL)

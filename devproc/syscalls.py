@@ -118,14 +118,15 @@ def close_range(first: int, last: int) -> None:
     _call("close_range", first, last, 0)
 
 
-def seccomp_load(program: bytes, flags: int = 0) -> int:
+def seccomp_load(program: bytes, flags: int = 0, mark: int = 0) -> int:
     """Load a classic BPF `program` (8-byte instructions) on top of those in force; needs no_new_privs.
 
+    `mark` is the sixth argument, which the call does not have, but which the filters in force can see.
     Returns the listener's descriptor with SECCOMP_FILTER_FLAG_NEW_LISTENER, otherwise 0.
     """
     code = ctypes.create_string_buffer(program, len(program))
     fprog = struct.pack("=H6xQ", len(program) // _BPF_INSN_SIZE, ctypes.addressof(code))
-    return _call("seccomp", SECCOMP_SET_MODE_FILTER, flags, fprog)
+    return _call("seccomp", SECCOMP_SET_MODE_FILTER, flags, fprog, 0, 0, mark)
 
 
 def landlock_deny_all() -> int:
