@@ -1,7 +1,8 @@
 """What a device process tried that its policy does not allow, as the supervisor learns it.
 
 Spec: seccomp_unotify(2).  The call waits in the kernel until the supervisor has killed the process; it is
-never answered, least of all with "continue".  If nobody listens any more, the call fails with ENOSYS.
+never answered, least of all with "continue" (except by supervisor/recorder.py, to a device that is being
+watched on purpose).  If nobody listens any more, the call fails with ENOSYS.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ _NOTIF: Final = struct.Struct("=QII iI Q 6Q")  # id, pid, flags; nr, arch; instr
 
 @dataclass(frozen=True)
 class Violation:
-    """One refused system call: who, which (x86-64 number), from where, with what."""
+    """One refused system call: who, which (x86-64 number), from where, with what; `cookie` answers it."""
 
+    cookie: int
     pid: int
     nr: int
     ip: int
@@ -44,5 +46,5 @@ def read_violation(listener: int) -> Violation | None:
         if e.errno in (errno.ENOENT, errno.EINTR):
             return None
         raise
-    _, pid, _, nr, _, ip, *args = _NOTIF.unpack(buffer)
-    return Violation(pid, nr, ip, tuple(args))
+    cookie, pid, _, nr, _, ip, *args = _NOTIF.unpack(buffer)
+    return Violation(cookie, pid, nr, ip, tuple(args))

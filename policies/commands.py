@@ -1,6 +1,6 @@
 """`vmsup policy`: one function per verb, each returning what the command line prints.
 
-Left out: learn and verify, which need a running device.
+Left out: learn and verify, which need a running device: supervisor/policylab.py.
 """
 
 from __future__ import annotations

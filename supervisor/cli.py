@@ -133,6 +133,14 @@ def _arguments() -> argparse.ArgumentParser:
     compiled = policy.add_parser("compile", help="the seccomp program, killing what is not allowed")
     compiled.add_argument("name", metavar="NAME")
     compiled.add_argument("-o", "--output", metavar="FILE", required=True)
+    learn = policy.add_parser("learn", help="what a device needs, by watching every call it makes")
+    learn.add_argument("name", metavar="NAME")
+    learn.add_argument(
+        "command", nargs="*", metavar="-- COMMAND", help="runs a VM with the device in it [random accesses]"
+    )
+    policy.add_parser("verify", help="try a policy on this kernel, and its device under it").add_argument(
+        "name", metavar="NAME"
+    )
     policy.add_parser("disasm", help="a compiled program as text").add_argument("file", metavar="FILE")
 
     jail = verbs.add_parser("jail", help="what confines a device").add_subparsers(dest="what", required=True)
@@ -233,7 +241,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         case "policy":
             from supervisor import pages  # noqa: PLC0415
 
-            text, code = pages.policy(args)
+            text, code = pages.policy(args, complain)
             print(text)
             return code
         case "jail":

@@ -19,6 +19,7 @@ IRQCHIPS = ("kernel", "split")
 SERIAL_TYPES = ("stdio", "file", "socket", "pty", "sink")
 SERIAL_PORTS = 4
 DEVICE_TIMEOUT_S = 2.0
+LEARN = "VMSUP_LEARN"  # DEVICE:FILE in the environment: see supervisor/recorder.py
 
 SERIAL_KEYS = (
     Key("type", choices=SERIAL_TYPES),

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from devproc import jail, wire, zygote
 from devproc.zygote import Zygote
@@ -24,7 +24,7 @@ from kvmcore.memory import GuestMemory
 from policies.errors import PolicyError
 from supervisor import console, control, ending, machine
 from supervisor.bus import Buses, Claim, DeviceTarget, PciConfig
-from supervisor.config import RunConfig
+from supervisor.config import LEARN, RunConfig
 from supervisor.ending import Ending
 from supervisor.janitor import Janitor
 from supervisor.machine import Instance
@@ -34,6 +34,9 @@ from supervisor.runloop import RunLoop, Signals, Watched
 from supervisor.spawn import Spawner
 from supervisor.splitchip import SplitChip
 from supervisor.vcputhread import VcpuThread
+
+if TYPE_CHECKING:
+    from supervisor.recorder import Recorder
 
 Say = Callable[[str], None]
 
@@ -66,6 +69,7 @@ class _Launch:
         split = config.irqchip == "split"
         with step("read the configuration's files"):
             mode = self._jail_mode()
+            recorder = self._recorder(mode)
             self._check_files()
             fstab = config.android_fstab
             setup_data = [(bootparams.SETUP_DTB, fdt.android(fstab))] if fstab is not None else []
@@ -75,7 +79,7 @@ class _Launch:
         with step("fork the zygote"):
             jail.adopt_orphans()
             self.undo.callback(jail.adopt_orphans, False)
-            nursery = zygote.start(machine.kinds(config))
+            nursery = zygote.start(machine.kinds(config), recorder.filters if recorder else None)
             self.undo.callback(_end_zygote, nursery)
         with step("open /dev/kvm"):
             kvm = self.undo.enter_context(Kvm())
@@ -105,7 +109,7 @@ class _Launch:
         with step("spawn the devices"):
             events = {name: self._eventfd() for name, _ in _EVENTS}
             spawner = Spawner(nursery, core, mode, config.device_timeout, events, consoles, self._say_of)
-            proxies = self._spawn(spawner, instances, mode)
+            proxies = self._spawn(spawner, instances, mode, recorder)
         with step("build the buses"):
             chip = SplitChip(vm, router, vcpus[0], buses) if split else None
             self._connect(core, buses, proxies)
@@ -195,6 +199,20 @@ class _Launch:
             self.say("WARNING: jail=best-effort: layers of the jail that this host lacks are left out")
         return mode
 
+    def _recorder(self, mode: jail.Mode) -> Recorder | None:
+        """What watches a device instead of its policy, if the environment asks for that."""
+        value = os.environ.get(LEARN)
+        if not value:
+            return None
+        from supervisor.recorder import Recorder  # noqa: PLC0415 - no other start pays for it
+
+        if mode is jail.Mode.NONE:
+            raise ConfigError(f"{LEARN}: nothing can be learnt without a jail")
+        recorder = Recorder.asked_for(value, self.say)
+        self.undo.callback(recorder.close)
+        self.say(f"WARNING: {LEARN}: what {recorder.device} may not do is recorded, and not refused")
+        return recorder
+
     def _check_files(self) -> None:
         """Fail before anything is forked if a file cannot be opened; reading and checking it comes later."""
         with BootFile("kernel", self.config.kernel):
@@ -225,14 +243,18 @@ class _Launch:
         self.undo.callback(os.close, fd)
         return fd
 
-    def _spawn(self, spawner: Spawner, instances: Sequence[Instance], mode: jail.Mode) -> list[Proxy]:
+    def _spawn(
+        self, spawner: Spawner, instances: Sequence[Instance], mode: jail.Mode, recorder: Recorder | None
+    ) -> list[Proxy]:
         proxies: list[Proxy] = []
         self.undo.callback(_end_devices, proxies)
         self.undo.callback(spawner.close)
         for instance in instances:
             proxies.append(spawner.spawn(instance))
         for proxy in proxies:
-            proxy.await_ready(mode)
+            proxy.await_ready(
+                mode, recorder.watch(proxy.instance.entry.name, proxy.name) if recorder else None
+            )
         return proxies
 
     def _connect(self, core: Core, buses: Buses, proxies: Sequence[Proxy]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from devproc import jail
@@ -45,8 +46,8 @@ def _number(text: str) -> int:
         raise ConfigError(f"argument {text!r}: expected a number") from None
 
 
-def policy(args: argparse.Namespace) -> tuple[str, int]:
-    """(text, exit code) of one `vmsup policy` verb.
+def policy(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
+    """(text, exit code) of one `vmsup policy` verb; `say` takes a line for the user meanwhile.
 
     Raises:
         ConfigError: what was named cannot be used.
@@ -75,6 +76,14 @@ def policy(args: argparse.Namespace) -> tuple[str, int]:
             except OSError as e:
                 raise ConfigError(f"--output {args.output}: {e.strerror}") from None
             return f"{args.output}: {len(program) // 8} instructions", 0
+        case "learn":
+            from supervisor import policylab  # noqa: PLC0415 - the other verbs start no device
+
+            return policylab.learnt(entry(args.name), args.command, say)
+        case "verify":
+            from supervisor import policylab  # noqa: PLC0415
+
+            return policylab.verified(entry(args.name), say)
         case _:
             try:
                 return commands.disasm(Path(args.file).read_bytes()), 0

@@ -73,15 +73,15 @@ class Proxy:
         self.index = core.add_device(access.fileno())
         os.set_blocking(log, False)
 
-    def await_ready(self, mode: jail.Mode) -> None:
-        """Until the process is sealed in its jail and serves.
+    def await_ready(self, mode: jail.Mode, watch: Callable[[int], None] | None = None) -> None:
+        """Until the process is sealed in its jail and serves; `watch` gets the listener in our place.
 
         Raises:
             DeviceDied: it failed, died, or took longer than 30 s.
         """
         self.control.sock.settimeout(_READY_WITHIN_S)
         try:
-            greeting = zygote.await_ready(self.control, self.instance.entry.name, mode)
+            greeting = zygote.await_ready(self.control, self.instance.entry.name, mode, watch)
         except TimeoutError:
             raise DeviceDied(self.name, f"not ready after {_READY_WITHIN_S:g} s") from None
         except ChannelClosed:
@@ -92,7 +92,10 @@ class Proxy:
         except zygote.SpawnError as e:
             raise DeviceDied(self.name, str(e)) from None
         self.control.sock.setblocking(False)
-        self.listener = greeting.listener
+        if watch is None or greeting.listener is None:
+            self.listener = greeting.listener
+        else:
+            os.close(greeting.listener)
         for level, text in greeting.notes:
             if level >= _WARNING:
                 self._say(self.name, text)
