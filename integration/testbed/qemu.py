@@ -33,7 +33,8 @@ CPU = (
     ",-la57"  # four-level page tables: shorter walks, and L2 walks them twice
     # TCG runs "rep movsb" byte by byte.  Never drop erms without fsrm: Linux's memmove would loop for ever.
     ",-erms,-fsrm"
-    ",-xsave"  # QEMU's SVM does not intercept XSETBV: KVM would run guests with another XCR0 than they have set
+    # QEMU's SVM does not intercept XSETBV: KVM would run guests with another XCR0 than they have set.
+    ",-xsave"
     ",-smap,-smep,-umip,-pku"  # checks that cost time and that nothing here is about
 )
 CPU_BEFORE_8 = ",-cx16"  # its cmpxchg16b spoils the flags: one in five boots of a 6.12 guest crashed

@@ -1,0 +1,391 @@
+/* Fuzzes kvmcore/_core.c with a libFuzzer target: one input is a program of what a hostile device process, a
+ * guest and the supervisor do, in order.
+ *
+ * The device's half is a real socketpair; its frames are queued before they are waited for, which a hostile
+ * device may do just as well, so that one thread is enough and an input always takes the same way.  Time,
+ * KVM_RUN and the failures of send and recv come from the input.  Besides what the sanitizers see: nothing
+ * outside the data of the access is written in the run page; a look-up gives what a search through all routes
+ * gives; a value fits the size that was asked for; a dead device keeps its first cause.
+ *
+ * Without libFuzzer (-DREPLAY): main() runs each input of a file, one a line in hexadecimal.  Left out: two
+ * threads at once (core_threads.c). */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+static ssize_t fuzz_recv(int fd, void *buffer, size_t size, int flags);
+static ssize_t fuzz_send(int fd, const void *buffer, size_t size, int flags);
+static int fuzz_ioctl(int fd, unsigned long request, int zero);
+static int fuzz_clock(clockid_t clock, struct timespec *t);
+
+#define recv fuzz_recv
+#define send fuzz_send
+#define ioctl fuzz_ioctl
+#define clock_gettime fuzz_clock
+#include "../../kvmcore/_core.c"
+#undef recv
+#undef send
+
+#define PAGE 4096u
+#define RUN_SIZE (2 * PAGE)
+#define DEADLINE_MS 8 /* of the input's own time */
+#define DEVICES 4
+#define ROUTES 6
+
+static const uint8_t *input, *input_end;
+static uint64_t time_ns;
+static uint32_t fault_after; /* calls until one fails with `fault`; 0: none does */
+static int fault;
+
+static struct core *core;
+static struct core_vcpu *vcpu;
+static struct kvm_run *run;
+static uint8_t run_before[RUN_SIZE];
+static size_t data_start, data_end; /* what the access at hand may change of the run page */
+static int peers[DEVICES];
+static uint32_t gone[DEVICES];
+static uint32_t n_devices;
+
+#define REQUIRE(what) ((what) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what), abort()))
+
+/* ---- the input ---- */
+
+static uint8_t u8(void)
+{
+    return input < input_end ? *input++ : 0;
+}
+
+static uint64_t bits(int bytes)
+{
+    uint64_t value = 0;
+    while (bytes--)
+        value = value << 8 | u8();
+    return value;
+}
+
+/* Small numbers, and numbers near those that matter, are likelier than others. */
+static uint64_t number(void)
+{
+    static const uint64_t corners[] = {0, 1, 2, 4, 8, 0xcf8, 0xcfc, 0xffff, 0x10000, 0x80000000, 0xffffffff,
+                                       1ull << 32, INT64_MAX, UINT64_MAX, UINT64_MAX - 7, 0xe8000000};
+    uint8_t how = u8();
+    if (how < 0x80)
+        return how;
+    if (how < 0x90)
+        return corners[how & 15];
+    if (how < 0xa0)
+        return corners[how & 15] + u8() - 128;
+    return bits(1 << (how & 3));
+}
+
+/* ---- what the core calls ---- */
+
+static int fuzz_clock(clockid_t clock, struct timespec *t)
+{
+    (void)clock;
+    time_ns += 1000;
+    *t = (struct timespec){(time_t)(time_ns / NS_PER_S), (long)(time_ns % NS_PER_S)};
+    return 0;
+}
+
+static bool fails(void)
+{
+    if (!fault_after || --fault_after)
+        return false;
+    errno = fault;
+    return true;
+}
+
+/* What a call that waits does when nothing happens: it takes a tick. */
+static ssize_t ticked(ssize_t result)
+{
+    if (result < 0 && errno == EAGAIN)
+        time_ns += DEADLINE_MS * NS_PER_MS / 8;
+    return result;
+}
+
+static ssize_t fuzz_recv(int fd, void *buffer, size_t size, int flags)
+{
+    return ticked(fails() ? -1 : recv(fd, buffer, size, flags | MSG_DONTWAIT));
+}
+
+static ssize_t fuzz_send(int fd, const void *buffer, size_t size, int flags)
+{
+    return ticked(fails() ? -1 : send(fd, buffer, size, flags | MSG_DONTWAIT));
+}
+
+/* ---- the guest ---- */
+
+static void next_exit(void)
+{
+    static const uint8_t reasons[] = {KVM_EXIT_IO, KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_MMIO, KVM_EXIT_INTR,
+                                      KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IOAPIC_EOI};
+    uint8_t how = u8();
+    run->exit_reason = how & 0x80 ? how & 0x7f : reasons[how & 7];
+    data_start = data_end = 0;
+    switch (run->exit_reason) {
+    case KVM_EXIT_IO:
+        run->io.direction = u8() & 1;
+        run->io.size = u8();
+        run->io.port = (uint16_t)number();
+        run->io.count = (uint32_t)number();
+        run->io.data_offset = PAGE;
+        if (how & 0x40)
+            run->io.data_offset = number();
+        if (run->io.data_offset <= RUN_SIZE - 8)
+            memcpy((uint8_t *)run + run->io.data_offset, &(uint64_t){number()}, 8);
+        if (!run->io.direction && run->io.data_offset <= RUN_SIZE) {
+            data_start = run->io.data_offset;
+            data_end = data_start + (uint64_t)run->io.size * run->io.count;
+        }
+        break;
+    case KVM_EXIT_MMIO:
+        run->mmio.is_write = u8() & 1;
+        run->mmio.len = u8() & 0x80 ? (uint32_t)number() : u8() & 15;
+        run->mmio.phys_addr = number();
+        memcpy(run->mmio.data, &(uint64_t){number()}, 8);
+        if (!run->mmio.is_write && run->mmio.len <= 8) {
+            data_start = (size_t)(run->mmio.data - (uint8_t *)run);
+            data_end = data_start + run->mmio.len;
+        }
+        break;
+    default: /* type, number of values, values */
+        run->system_event.type = (uint32_t)number();
+        run->system_event.ndata = (uint32_t)number();
+        run->system_event.data[0] = number();
+    }
+    if (data_end > RUN_SIZE)
+        data_end = data_start;
+    memcpy(run_before, run, RUN_SIZE);
+}
+
+static int fuzz_ioctl(int fd, unsigned long request, int zero)
+{
+    REQUIRE(fd == 1000 && request == KVM_RUN && zero == 0);
+    if (input == input_end) {
+        errno = EBADF;
+        return -1;
+    }
+    next_exit();
+    return fails() ? -1 : 0;
+}
+
+/* What the device or the loop has changed in the run page is the data of the read, and no more. */
+static void check_run_page(void)
+{
+    run->immediate_exit = ((struct kvm_run *)run_before)->immediate_exit;
+    REQUIRE(!memcmp(run_before, run, data_start));
+    REQUIRE(!memcmp(run_before + data_end, (uint8_t *)run + data_end, RUN_SIZE - data_end));
+}
+
+static void check_exit(int why)
+{
+    const struct core_exit *e = core_vcpu_exit(vcpu);
+    REQUIRE(why >= EXIT_NONE && why <= EXIT_RUN_FAILED);
+    if (why == EXIT_IO)
+        REQUIRE(is_access_size(e->size) && e->data <= all_ones(e->size) && (e->is_mmio || e->addr < 0x10100));
+    if (why == EXIT_DEVICE_DEAD)
+        REQUIRE(e->index < n_devices && e->cause > CAUSE_NONE && e->cause <= CAUSE_MARKED);
+    REQUIRE(e->n_values <= 16);
+    check_run_page();
+}
+
+/* ---- the supervisor and the devices ---- */
+
+static void add_device(void)
+{
+    int pair[2];
+    if (n_devices == DEVICES)
+        return;
+    REQUIRE(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
+    REQUIRE(core_add_device(core, pair[0]) == (int)n_devices);
+    close(pair[0]);
+    peers[n_devices++] = pair[1];
+}
+
+static int peer(void)
+{
+    uint8_t n = u8();
+    return n_devices ? peers[n % n_devices] : -1;
+}
+
+static void peer_sends(void)
+{
+    uint8_t frame[512], length = u8();
+    int fd = peer();
+    for (size_t i = 0; i < length; i++)
+        frame[i] = u8();
+    send(fd, frame, length, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+/* As a device that means well, give or take a width. */
+static void peer_answers(void)
+{
+    uint8_t frame[16] = {0x92, TAG_VALUE}, width = u8() & 3;
+    int fd = peer();
+    size_t length = 2;
+    if (u8() & 1) {
+        frame[length++] = 0xcc + width;
+        for (int n = 1 << width; n--;)
+            frame[length++] = u8();
+    } else {
+        frame[0] = 0x91;
+        frame[1] = TAG_DONE;
+    }
+    send(fd, frame, length, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+static void peer_reads(void)
+{
+    uint8_t frame[FRAME_MAX + 1];
+    ssize_t length;
+    int fd = peer();
+    while ((length = recv(fd, frame, sizeof frame, MSG_DONTWAIT)) > 0)
+        REQUIRE(length <= FRAME_MAX - 2 && ((frame[0] == 0x94 && frame[1] == TAG_READ) ||
+                                            (frame[0] == 0x96 && frame[1] == TAG_WRITE)));
+}
+
+static void check_gone(uint32_t index, uint32_t now)
+{
+    REQUIRE(now == CORE_INVALID || GONE_CAUSE(now) <= CAUSE_MARKED);
+    if (index < n_devices && now != CORE_INVALID) {
+        REQUIRE(!gone[index] || gone[index] == now);
+        gone[index] = now;
+    }
+}
+
+static void access_from_python(bool is_write)
+{
+    uint32_t index = u8() & 7, space = (uint32_t)number(), size = u8();
+    uint64_t offset = number(), data = number();
+    if (is_write) {
+        check_gone(index, core_write(core, index, space, offset, size, data, u8() & 1));
+    } else {
+        uint32_t now = core_read(core, index, space, offset, size, &data);
+        check_gone(index, now);
+        REQUIRE(now || data <= all_ones(size));
+    }
+}
+
+static void set_routes(void)
+{
+    struct core_route routes[2][ROUTES];
+    uint32_t n[2];
+    for (int bus = 0; bus < 2; bus++) {
+        n[bus] = u8() % (ROUTES + 1);
+        uint64_t at = 0;
+        for (uint32_t i = 0; i < n[bus]; i++) {
+            struct core_route *r = &routes[bus][i];
+            r->start = at + number();
+            r->size = number();
+            r->kind = u8() & 7;
+            r->index = u8() & 7;
+            r->space = u8();
+            r->base_offset = number();
+            at = r->start + r->size;
+        }
+    }
+    struct table *before = core->tables[1];
+    int at = core_set_routes(core, routes[0], n[0], routes[1], n[1]);
+    REQUIRE(at == ROUTES_SET || (at >= 0 && (uint32_t)at < n[0] + n[1] && core->tables[1] == before));
+}
+
+/* locate() against a search through all routes. */
+static void look_up(void)
+{
+    bool is_mmio = u8() & 1;
+    uint32_t size = 1u << (u8() & 3);
+    uint64_t addr = number();
+    if (addr + (size - 1) < addr)
+        return;
+    struct core_route route;
+    bool whole = locate(core, is_mmio, addr, size, &route);
+    const struct table *t = core->tables[is_mmio];
+    const struct core_route *first = NULL;
+    uint32_t inside = 0, others = 0;
+    for (uint32_t i = 0; i < t->n; i++) {
+        const struct core_route *r = &t->routes[i];
+        if (addr >= r->start && addr - r->start < r->size)
+            first = r;
+    }
+    for (uint32_t k = 0; k < size; k++) {
+        const struct core_route *owner = NULL;
+        for (uint32_t i = 0; i < t->n; i++)
+            if (addr + k >= t->routes[i].start && addr + k - t->routes[i].start < t->routes[i].size)
+                owner = &t->routes[i];
+        owner == first ? inside++ : others++;
+    }
+    REQUIRE(whole == !others && inside);
+    REQUIRE(first ? !memcmp(&route, first, sizeof route) : route.kind == ROUTE_FLOAT);
+}
+
+static void step(void)
+{
+    struct core_device_counters counters;
+    uint64_t floats[2];
+    switch (u8() % 17) {
+    case 0: add_device(); break;
+    case 1: peer_sends(); break;
+    case 2: peer_answers(); break;
+    case 3: peer_reads(); break;
+    case 4: shutdown(peer(), u8() % 3); break;
+    case 5: set_routes(); break;
+    case 6:
+        if (vcpu->access.pending) /* the loop does not enter the guest in the middle of an access either */
+            break;
+        next_exit();
+        check_exit(core_vcpu_dispatch(vcpu));
+        break;
+    case 7: check_exit(core_vcpu_run(vcpu)); break;
+    case 8: access_from_python(false); break;
+    case 9: access_from_python(true); break;
+    case 10: core_mark_dead(core, u8() & 7); break;
+    case 11: core_set_pci_function(core, u8() & 7, u8() & 7); break;
+    case 12: core_vcpu_stop(vcpu); break;
+    case 13: core_vcpu_complete(vcpu, number()); break;
+    case 14:
+        core_device_counters(core, u8() & 7, &counters);
+        core_float_counters(core, &floats[0], &floats[1]);
+        break;
+    case 15:
+        fault_after = u8();
+        fault = (int[]){EINTR, EAGAIN, ECONNRESET, ENOBUFS}[u8() & 3];
+        break;
+    case 16: look_up(); break;
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    input = data;
+    input_end = data + size;
+    time_ns = 1;
+    fault_after = 0;
+    n_devices = 0;
+    memset(gone, 0, sizeof gone);
+    data_start = data_end = 0;
+    run = calloc(1, RUN_SIZE);
+    memset(run_before, 0, sizeof run_before);
+    REQUIRE(core = core_new(DEADLINE_MS));
+    REQUIRE(vcpu = core_vcpu_new(core, 1000, run, RUN_SIZE));
+    for (int steps = 0; input < input_end && steps < 200; steps++)
+        step();
+    core_vcpu_free(vcpu);
+    core_free(core);
+    while (n_devices)
+        close(peers[--n_devices]);
+    free(run);
+    return 0;
+}

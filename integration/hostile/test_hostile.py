@@ -1,0 +1,142 @@
+"""A device process that attacks ends its VM, by name and within the deadline, or does not even end that."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from devproc import jail
+from integration.boot import vm
+from integration.hostile.attacker import ATTACKS, DONE, FLOOD, TIMEOUT_S
+from integration.machine.conftest import PATIENCE_S
+
+pytestmark = pytest.mark.kvm
+
+MEMORY_MAX_KIB = 8 * 1024  # by which a flood of 20 MB may make the supervisor grow
+
+Elf = Callable[[str], str]
+
+
+def children() -> set[str]:
+    return {
+        pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """What a VM leaves behind becomes a child of ours."""
+    jail.adopt_orphans()
+    before = children()
+    yield
+    left = children() - before
+    jail.adopt_orphans(False)
+    for pid in left:
+        os.waitpid(int(pid), os.WNOHANG)
+    assert not left
+
+
+class Attacked:
+    """A VM under attack `name`, with its console on pipes."""
+
+    def __init__(self, name: str, elf: Elf, *options: str, guest: str | None = None) -> None:
+        attack = ATTACKS[name]
+        words = ["-m", "integration.hostile.attacker", name, "run", "--device-timeout", TIMEOUT_S]
+        self.process = subprocess.Popen(
+            [sys.executable, *words, *attack.options, *options, elf(guest or attack.guest)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=vm.ROOT,
+        )
+
+    def __enter__(self) -> Attacked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def echoes(self, text: bytes) -> None:
+        """The guest still receives and transmits."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(text)
+        self.process.stdin.flush()
+        seen = b""
+        while text not in seen:
+            data = os.read(self.process.stdout.fileno(), 1000)
+            assert data, f"the console ended: {self.errors()}"
+            seen += data
+
+    def wait_for_log(self, text: str) -> list[str]:
+        """The lines of standard error up to the first that ends with `text`."""
+        assert self.process.stderr is not None
+        seen: list[str] = []
+        while not (seen and seen[-1].endswith(text)):
+            line = self.process.stderr.readline()
+            assert line, "\n".join(seen)
+            seen.append(line.decode().rstrip("\n"))
+        return seen
+
+    def errors(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read().decode()
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def memory_kib(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+        assert found is not None
+        return int(found[1])
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.line is not None])
+def test_an_attack_ends_the_vm_by_name(elf: Elf, name: str) -> None:
+    with Attacked(name, elf) as one:
+        _, errors = one.process.communicate(timeout=PATIENCE_S)
+    said = [
+        line for line in errors.decode().splitlines() if "WARNING: --no-jail" not in line and DONE not in line
+    ]
+    assert said == [f"vmsup: {ATTACKS[name].line}"]
+    assert one.process.returncode == 33
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.line is None])
+def test_an_attack_that_the_vm_survives_costs_it_nothing(elf: Elf, tmp_path: Path, name: str) -> None:
+    socket = str(tmp_path / "socket")
+    with Attacked(name, elf, "-s", socket) as one:
+        one.echoes(b"before")
+        held, used_kib = one.descriptors(), one.memory_kib()
+        one.echoes(b"r")  # it begins
+        one.echoes(b"during")
+        subprocess.run(vm.command("ps", socket), check=True, stdout=subprocess.DEVNULL, cwd=vm.ROOT)
+        lines = one.wait_for_log(DONE)
+        one.echoes(b"r")
+        assert one.descriptors() == held
+        assert one.memory_kib() - used_kib < MEMORY_MAX_KIB
+        one.process.communicate(b"q", timeout=PATIENCE_S)
+    assert one.process.returncode == 0
+    if name in ("a flood of messages", "a flood of log lines"):
+        shown = [line for line in lines if line == "vmsup: rtc: " + "x" * 1000]
+        unsaid = [int(n) for n in re.findall(r"\((\d+) more lines are not shown\)", "\n".join(lines))]
+        assert unsaid
+        assert len(shown) + sum(unsaid) == FLOOD
+
+
+@pytest.mark.parametrize("name", ["silence in an access", "endless work in an access"])
+def test_a_device_that_holds_up_two_vcpus_does_not_hold_up_the_third(elf: Elf, name: str) -> None:
+    with Attacked(name, elf, "--cpus", "3", "--device-timeout", "5", guest="three") as one:
+        one.wait_for_log(f"rtc: {DONE}")
+        one.echoes(b"still here")
+        assert one.process.poll() is None
+        _, errors = one.process.communicate(timeout=PATIENCE_S)
+    assert errors.decode() == f"vmsup: {ATTACKS[name].line}\n"
+    assert one.process.returncode == 33
