@@ -136,7 +136,10 @@ def _arguments() -> argparse.ArgumentParser:
     learn = policy.add_parser("learn", help="what a device needs, by watching every call it makes")
     learn.add_argument("name", metavar="NAME")
     learn.add_argument(
-        "command", nargs="*", metavar="-- COMMAND", help="runs a VM with the device in it [random accesses]"
+        "command",
+        nargs=argparse.REMAINDER,
+        metavar="-- COMMAND",
+        help="runs a VM with the device in it [random accesses]",
     )
     policy.add_parser("verify", help="try a policy on this kernel, and its device under it").add_argument(
         "name", metavar="NAME"

@@ -35,7 +35,7 @@ def _slots(name: str) -> dict[str, int]:
 def jail_plan(name: str) -> str:
     """Every step of the jail in order, as `devproc.jail` would take it."""
     device = entry(name)
-    steps = jail.plan(jail.Mode.FULL)
+    steps = jail.plan(jail.Mode.FULL, without=device.without)
     return "\n".join(f"{n:2}. {s.name:13} {s.describe(device)}" for n, s in enumerate(steps, 1))
 
 
@@ -79,7 +79,8 @@ def policy(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, i
         case "learn":
             from supervisor import policylab  # noqa: PLC0415 - the other verbs start no device
 
-            return policylab.learnt(entry(args.name), args.command, say)
+            command = args.command[1:] if args.command[:1] == ["--"] else args.command
+            return policylab.learnt(entry(args.name), command, say)
         case "verify":
             from supervisor import policylab  # noqa: PLC0415
 

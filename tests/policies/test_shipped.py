@@ -11,8 +11,6 @@ from policies.policy import Rule
 from policies.simulate import cells, simulate
 from policies.syscalls import SYSCALLS
 
-BUDGET = 20  # of a device without threads
-
 DEVICES = sorted(CATALOG)
 
 
@@ -30,10 +28,10 @@ def test_the_linter_finds_nothing(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_device_without_threads_needs_few_system_calls(device: str) -> None:
-    calls = set(load(device, CATALOG[device].slots()).by_call())
-    assert "clone" not in calls
-    assert len(calls) <= BUDGET, f"{device} has grown to {len(calls)} system calls"
+def test_a_device_needs_few_system_calls(device: str) -> None:
+    calls = load(device, CATALOG[device].slots()).by_call()
+    budget = 25 if "clone" in calls else 20  # a thread needs some of its own
+    assert len(calls) <= budget, f"{device} has grown to {len(calls)} system calls, {budget} are allowed"
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,91 @@
+"""Shipped policies against the devices they confine, in the whole jail, as root and as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from devproc import jail, nursery, zygote
+from devproc.catalog import CATALOG, Entry
+from policies.compile import compile_notify
+from policies.learn import learn
+from policies.parse import load, parse
+from policies.policy import Policy
+from supervisor.exercise import exercise
+from supervisor.reaper import DeviceDied
+from supervisor.recorder import Recorder
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDINARY = 1000
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def without(entry: Entry, name: str) -> Policy:
+    policy = load(entry.name, entry.slots())
+    return Policy(policy.name, tuple(r for r in policy.rules if r.name != name))
+
+
+@pytest.mark.parametrize("device", sorted(CATALOG))
+def test_a_device_lives_with_its_policy(device: str, said: list[str]) -> None:
+    exercise(device, lambda name, line: said.append(line))
+    assert said == []
+
+
+@pytest.mark.parametrize("device", sorted(CATALOG))
+def test_a_policy_lacks_nothing_that_its_device_needs(device: str, tmp_path: Path, said: list[str]) -> None:
+    entry, path = CATALOG[device], tmp_path / "records"
+    recorder = Recorder(device, str(path), said.append)
+    exercise(device, lambda name, line: said.append(line), recorder.filters, recorder.watch)
+    recorder.close()
+    policy = load(device, entry.slots())
+    with open(path) as records:
+        lesson = learn(policy, records, entry.slots())
+    assert str(lesson.lacking) == ""
+    assert lesson.calls > 2000
+    # What was proposed is a policy that does: the device lives with it too.
+    proposal = parse(str(lesson.proposal), constants=entry.slots())
+    margin = [r for r in policy.rules if r.name in ("brk", "mmap", "munmap", "mremap", "write")]
+    enough = Policy(device, (*proposal.rules, *(r for r in margin if r.name not in proposal.by_call())))
+    exercise(device, lambda name, line: said.append(line), lambda e: compile_notify(enough, jail.SETUP_CALLS))
+    assert said == []
+    with open(path) as records:
+        lesson = learn(without(entry, "recvfrom"), records, entry.slots())
+    assert list(lesson.lacking.by_call()) == ["recvfrom"]
+
+
+@pytest.mark.parametrize(("name", "number"), [("recvfrom", 45), ("exit_group", 231)])
+def test_a_policy_that_lacks_a_call_is_named_with_it(name: str, number: int, said: list[str]) -> None:
+    def filters(entry: Entry) -> zygote.Filters:
+        return compile_notify(without(entry, name), jail.SETUP_CALLS)
+
+    with pytest.raises(DeviceDied, match=rf"killed for system call {number} \({name}\)"):
+        exercise("pvpanic", lambda n, line: said.append(line), filters)
+
+
+def test_the_default_is_the_shipped_policy() -> None:
+    entry = CATALOG["pvpanic"]
+    assert nursery.compiled(entry) == compile_notify(load(entry.name, entry.slots()), jail.SETUP_CALLS)
+
+
+@pytest.mark.parametrize("who", ["root", "user"])
+def test_verify_finds_this_kernel_and_this_device_as_the_policy_says(who: str) -> None:
+    command = [sys.executable, "-m", "supervisor.cli", "policy", "verify", "pvpanic"]
+    if who == "root" and os.geteuid() != 0:
+        pytest.skip("needs root")
+    if who == "user" and os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("setpriv (util-linux) is needed to become an ordinary user")
+        command = ["setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups", *command]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "each as the policy says" in done.stdout
+    assert "no call was refused" in done.stdout
