@@ -23,7 +23,9 @@ PVPANIC = CATALOG["pvpanic"]
 NAME = "pvpanic1"
 
 
-def fate(recorder: Recorder, act: Callable[[], object]) -> int:
+def fate(
+    recorder: Recorder, act: Callable[[], object], meanwhile: Callable[[], object] = lambda: None
+) -> int:
     """How a process ends that seals itself as a device does, watched by `recorder`, and then acts."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -47,6 +49,7 @@ def fate(recorder: Recorder, act: Callable[[], object]) -> int:
     assert watch is not None
     watch(listener)
     os.close(listener)
+    meanwhile()
     ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     recorder.close()
     return ended
@@ -146,6 +149,30 @@ def test_records_that_cannot_be_written_fail_every_call(said: list[str]) -> None
     # Not even _exit() works any more: the C library then ends the process by a fault.
     assert fate(Recorder("pvpanic", "/dev/full", said.append), act) == -signal.SIGSEGV
     assert said == [f"{NAME}: cannot record its system calls: No space left on device"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has privileges to give up")
+def test_the_watching_thread_has_no_privileges(recorder: Recorder) -> None:
+    before = set(os.listdir("/proc/self/task"))
+    ready, its_ready = os.pipe()
+    its_go, go = os.pipe()
+
+    def act() -> None:
+        os.write(its_ready, b".")
+        os.read(its_go, 1)
+
+    def look() -> None:
+        os.read(ready, 1)
+        (thread,) = set(os.listdir("/proc/self/task")) - before
+        status = Path(f"/proc/self/task/{thread}/status").read_text()
+        os.write(go, b".")
+        assert "CapEff:\t0000000000000000" in status
+        assert "NoNewPrivs:\t1" in status
+
+    assert fate(recorder, act, look) == 0
+    assert "CapEff:\t0000000000000000" not in Path("/proc/self/status").read_text()
+    for fd in (ready, its_ready, its_go, go):
+        os.close(fd)
 
 
 def test_other_devices_keep_their_policies(recorder: Recorder) -> None:
