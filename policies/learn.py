@@ -1,7 +1,8 @@
 """What a device did while every call of it was watched, as a policy, and how the shipped policy differs.
 
 seccomp_unotify(2).  A record is a line "INSTANCE NUMBER ARG0 ... ARG5", the arguments in hexadecimal.  Left
-out: what a call gave, which a listener does not see, and ranges: a value seen is proposed with ==.
+out: what a call gave, which a listener does not see; ranges, a value seen is proposed with ==; and an allow
+under conditions beside an errno for the rest of the same call, which no policy of ours needs.
 """
 
 from __future__ import annotations
@@ -143,13 +144,12 @@ def learn(policy: Policy, records: Iterable[str], slots: Mapping[str, int]) -> L
 
 
 def propose(policy: Policy, seen: Mapping[Call, int], slots: Mapping[str, int]) -> Policy:
-    """The least policy that gives every call of `seen` (with its count) what `answer` gives it."""
+    """The least policy that lets go on, or fail, each call of `seen` (with its count) as `answer` does."""
     by_answer: dict[tuple[str, int], list[Call]] = {}
     for call in seen:
         if call.nr in NAMES:
             by_answer.setdefault((NAMES[call.nr], answer(policy, call)), []).append(call)
     rules: list[Rule] = []
-    # Conditions first: the rule that fails a call decides whatever no condition allows.
     for name, error in sorted(by_answer, key=lambda k: (SYSCALLS[k[0]], k[1])):
         calls = by_answer[name, error]
         clauses = () if error else _clauses(name, calls, slots)
