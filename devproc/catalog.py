@@ -62,6 +62,7 @@ class Entry:
     guest_memory: bool = False
     data_mib: int = 64  # RLIMIT_DATA
     fsize: int = 0  # RLIMIT_FSIZE in bytes: a console file is written through, so its kind says otherwise
+    without: frozenset[str] = frozenset()  # layers of the jail left out: only what tests the others does that
 
     def slots(self) -> dict[str, int]:
         """Policy constant -> descriptor number, for every descriptor the process holds."""

@@ -96,7 +96,7 @@ def main(ctx: jail.Context, model: type[Any], name: str, params: dict[str, int])
         # A posted write then does not take the CPU from the vCPU that sent it.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         jail.title(name)
-        steps = iter(jail.plan(ctx.mode, "device"))
+        steps = iter(jail.plan(ctx.mode, "device", ctx.entry.without))
         jail.enter([next(steps)], ctx)  # "descriptors"
         control = ctx.control = Channel(
             socket.socket(fileno=FD_CONTROL), CONTROL_TABLE, "start", Sender.DEVICE, Sender.SUPERVISOR

@@ -15,7 +15,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -117,9 +117,13 @@ class Step:
     always: bool = False
 
 
-def plan(mode: Mode, who: Who | None = None) -> tuple[Step, ...]:
-    """The steps of `mode` in order, all of them or those of one process."""
-    return tuple(s for s in STEPS if (mode is not Mode.NONE or s.always) and (who is None or s.who == who))
+def plan(mode: Mode, who: Who | None = None, without: Collection[str] = frozenset()) -> tuple[Step, ...]:
+    """The steps of `mode` in order, all of them or those of one process, except layers named in `without`."""
+    return tuple(
+        s
+        for s in STEPS
+        if (s.always or (mode is not Mode.NONE and s.name not in without)) and (who is None or s.who == who)
+    )
 
 
 def enter(steps: Iterable[Step], ctx: Context) -> None:

@@ -188,7 +188,7 @@ def _launch(
     try:
         model = child.load(entry)  # with the caller's ids, which can read it; the device's own may not
         ctx = jail.Context(entry, mode, fds, filters, map_ids)
-        jail.enter(jail.plan(mode, "launcher"), ctx)
+        jail.enter(jail.plan(mode, "launcher", entry.without), ctx)
         pid = os.fork()
         if pid == 0:
             go = link.recv(len(_GO)) == _GO

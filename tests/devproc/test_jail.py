@@ -55,6 +55,12 @@ def test_no_step_is_left_out_in_best_effort_and_only_hygiene_stays_in_none() -> 
     assert names(Mode.NONE) == ["descriptors", "parent"]
 
 
+def test_a_layer_can_be_left_out_but_not_hygiene_and_no_shipped_device_does_so() -> None:
+    left = [s.name for s in plan(Mode.FULL, without={"landlock", "parent"})]
+    assert left == [n for n in names(Mode.FULL) if n != "landlock"]
+    assert not any(e.without for e in CATALOG.values())
+
+
 @pytest.mark.parametrize("name", sorted(CATALOG))
 def test_every_step_says_what_it_does_for_every_kind(name: str) -> None:
     entry = CATALOG[name]
