@@ -162,9 +162,8 @@ class Matrix:
             f"{len(self.rows)} attempts in the jail of {self.victim}, as {who}; successes: {counts}",
             f"{self.vacuous} rows are vacuous: nothing here lets them succeed; {proven} prove something",
         ]
-        lines += [
-            f"ESCAPED: {r.attempt.group}: {r.attempt.name}: {r.outcomes[FULL].word}" for r in self.escaped
-        ]
+        for row in self.escaped:
+            lines.append(f"ESCAPED: {row.attempt.group}: {row.attempt.name}: {row.outcomes[FULL].word}")
         return "\n".join(lines)
 
 
@@ -266,11 +265,12 @@ class _Cell:
                 os.close(listener)
 
     def _outcome(self, attempt: Attempt, listener: int | None) -> Outcome:
-        waiting = [self.access] if listener is None else [self.access, listener]
+        access = self.access.fileno()
+        waiting = [access] if listener is None else [access, listener]
         ready = select.select(waiting, [], [], _SILENCE_S / 2)[0]
         if not ready:
             return Outcome("silence")
-        if self.access not in ready:
+        if access not in ready:
             assert listener is not None
             violation = read_violation(listener)
             if violation is not None:
