@@ -22,12 +22,15 @@ from policies.syscalls import ARGUMENTS, NAMES, SYSCALLS
 Constants = Mapping[str, int]
 
 
-def check(paths: Sequence[str], constants: Constants) -> list[Diagnostic]:
-    """Everything wrong with these policies (names or paths): errors, and what the linter finds."""
+def check(paths: Sequence[str], constants: Constants, slots: bool = True) -> list[Diagnostic]:
+    """Everything wrong with these policies (names or paths): errors, and what the linter finds.
+
+    `slots`: see `policies.lint.lint`.
+    """
     found: list[Diagnostic] = []
     for path in paths:
         try:
-            found += lint(load(path, constants))
+            found += lint(load(path, constants), slots)
         except PolicyError as e:
             found += e.diagnostics
     return found

@@ -58,19 +58,22 @@ PROTECTION: Final[Mapping[str, int]] = {"mmap": 2, "mprotect": 2, "pkey_mprotect
 """Which argument is a protection that must not include PROT_EXEC."""
 
 
-def lint(policy: Policy) -> list[Diagnostic]:
-    """Everything that should be said otherwise, in order of appearance."""
+def lint(policy: Policy, slots: bool = True) -> list[Diagnostic]:
+    """Everything that should be said otherwise, in order of appearance.
+
+    `slots`: the process has its descriptors at fixed numbers, and one thread, as a device has.
+    """
     found = []
     for name, rules in policy.by_call().items():
         # The later rules of a call are reached only where the earlier ones did not apply.
         for at, rule in enumerate(rules):
-            found += [Diagnostic(rule.place, message) for message in _findings(name, rule, rules[:at])]
-    if (count := len(policy.by_call())) > SYSCALLS_MAX:
+            found += [Diagnostic(rule.place, message) for message in _findings(name, rule, rules[:at], slots)]
+    if slots and (count := len(policy.by_call())) > SYSCALLS_MAX:
         found.append(Diagnostic(policy.rules[-1].place, f"{count} system calls, at most {SYSCALLS_MAX}"))
     return sorted(found, key=lambda d: (d.place.file, d.place.line))
 
 
-def _findings(name: str, rule: Rule, earlier: Sequence[Rule]) -> Iterator[str]:
+def _findings(name: str, rule: Rule, earlier: Sequence[Rule], slots: bool) -> Iterator[str]:
     if not rule.reason:
         yield f"no reason given for {name}: end the line with a comment, or put one right above"
     if any(repeated.place.file == rule.place.file for repeated in earlier) and rule.clauses:
@@ -82,8 +85,10 @@ def _findings(name: str, rule: Rule, earlier: Sequence[Rule]) -> Iterator[str]:
     if name in NEVER:
         yield f"{name} is never allowed"
     missing = set(ARGUMENT_NEEDED.get(name, ()))
-    if name in DESCRIPTOR_NEEDED:
+    if slots and name in DESCRIPTOR_NEEDED:
         missing |= {0}
+    if not slots:
+        missing -= {i for i, a in enumerate(ARGUMENTS.get(name, ())) if a.name.startswith("fd")}
     for clause in rule.clauses or ((),):
         if lacking := missing - {a.arg for a in clause}:
             which = ", ".join(f"arg{i}" for i in sorted(lacking))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from datetime import UTC, datetime
+from typing import Any, NoReturn, TextIO
 
 from kvmcore.errors import EXIT_CRASH, EXIT_USAGE, ConfigError, VmsupError
 from policies.errors import PolicyError
@@ -97,6 +98,17 @@ def _arguments() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="a TOML file with the same keys; the command line wins")
     add("-v", "--verbose", action="store_true", default=None, help="say what happens at each step")
 
+    add(
+        "--log-format",
+        choices=config.LOG_FORMATS,
+        help="json: each line of ours on standard error as a JSON object [text]",
+    )
+    add(
+        "--jail-report",
+        metavar="FILE",
+        help="append a JSON object for each system call that a policy refused; - is standard output",
+    )
+
     doctor = verbs.add_parser(
         "doctor", help="what this host offers: KVM, its extensions, the layers of the jail"
     )
@@ -164,41 +176,53 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = _dispatch(_arguments().parse_args(words))
         sys.stdout.flush()
     except VmsupError as e:
-        complain(str(e))
+        complain(str(e), level="error", event="error")
         code = e.exit_code
     except PolicyError as e:
         for diagnostic in e.diagnostics:
             for line in diagnostic.render().splitlines():
-                complain(line)
+                complain(line, level="error", event="error")
         code = EXIT_USAGE
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        _discard(1)
+        sys.stdout = io.StringIO()  # what it still buffers must not fail the interpreter's exit
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else EXIT_CRASH
     except Exception as e:
         if os.environ.get("VMSUP_DEBUG"):
             traceback.print_exc()
-        complain(f"internal error: {type(e).__name__}: {e} (VMSUP_DEBUG=1 shows where)")
+        text = f"internal error: {type(e).__name__}: {e} (VMSUP_DEBUG=1 shows where)"
+        complain(text, level="error", event="error")
     sys.exit(code)
 
 
-def complain(line: str) -> None:
-    """One line on stderr, whatever state it is in."""
+_as_json = False  # what --log-format asks of `complain`
+
+
+def complain(
+    line: str, /, *, level: str = "warning", event: str = "note", device: str | None = None, **more: Any
+) -> None:
+    """One line on stderr, whatever state it is in; the keywords are what its JSON form says besides."""
+    if _as_json:
+        what = {"time": _now(), "level": level, "device": device, "event": event, "message": line, **more}
+        _write(json.dumps(what))
+        return
     # A device's or a file's words may be in it: nothing of theirs drives the user's terminal.
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.splitlines()))
+    _write(f"vmsup: {text}")
+
+
+def _write(line: str) -> None:
     try:
-        sys.stderr.write(f"vmsup: {text}" + ("\r\n" if sys.stderr.isatty() else "\n"))
+        sys.stderr.write(line + ("\r\n" if sys.stderr.isatty() else "\n"))
         sys.stderr.flush()
     except (OSError, ValueError):
-        _discard(2)
+        sys.stderr = io.StringIO()  # what it still buffers must not fail the interpreter's exit
 
 
-def _discard(fd: int) -> None:
-    """Nobody takes what is written to `fd`; what is still buffered must not fail the interpreter's exit."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _ensure_standard_descriptors() -> None:
@@ -258,11 +282,40 @@ def _dispatch(args: argparse.Namespace) -> int:
 def _run(options: dict[str, Any]) -> int:
     from supervisor.launch import launch  # noqa: PLC0415 - the other verbs do not pay for it
 
+    global _as_json  # noqa: PLW0603 - `main` says what went wrong before there is a configuration, too
     del options["verb"]
-    how = launch(config.build(options), complain)
+    _as_json = options.get("log_format") == "json"
+    settings = config.build(options)
+    _as_json = settings.log_format == "json"
+    # Opened first: the supervisor opens no file once the guest runs.
+    report = _open_report(settings.jail_report)
+    how = launch(settings, complain)
+    more: dict[str, Any] = {"event": "end", "exit_code": how.code}
+    if how.died is not None:
+        more["device"] = how.died.name
+        if how.died.refused is not None:
+            record = how.died.refused.as_json()
+            more |= {"event": "violation", **record}
+            if report is not None:
+                _report(report, {"time": _now(), **record})
     if how.line is not None:
-        complain(how.line)
+        complain(how.line, level="error" if how.code else "info", **more)
     return how.code
+
+
+def _open_report(path: str | None) -> TextIO | None:
+    try:
+        return sys.stdout if path == "-" else None if path is None else open(path, "a", encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--jail-report {path}: {e.strerror}") from None
+
+
+def _report(report: TextIO, record: dict[str, Any]) -> None:
+    try:
+        report.write(json.dumps(record) + "\n")
+        report.flush()
+    except OSError as e:
+        complain(f"cannot write the jail report: {e.strerror}", level="error")
 
 
 def _ps(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ JAILS = ("full", "best-effort", "none")
 IRQCHIPS = ("kernel", "split")
 SERIAL_TYPES = ("stdio", "file", "socket", "pty", "sink")
 SERIAL_PORTS = 4
+LOG_FORMATS = ("text", "json")
 DEVICE_TIMEOUT_S = 2.0
 LEARN = "VMSUP_LEARN"  # DEVICE:FILE in the environment: see supervisor/recorder.py
 
@@ -80,6 +81,8 @@ class RunConfig:
     on_device_death: str = "stop"
     device_timeout: float = DEVICE_TIMEOUT_S
     verbose: bool = False
+    log_format: str = "text"
+    jail_report: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.cpus <= CPUS_MAX:
@@ -169,6 +172,8 @@ _SCALARS = (
     Key("jail", choices=JAILS),
     Key("on-device-death", choices=("stop",)),
     Key("verbose", bool),
+    Key("log-format", choices=LOG_FORMATS),
+    Key("jail-report"),
 )
 _LISTS = ("params", "serial")
 _FLOATS = ("device-timeout",)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmcore import errors
+from supervisor.reaper import DeviceDied
 
 
 @dataclass(frozen=True)
 class Ending:
-    """`line` is for stderr; None when there is nothing to say."""
+    """`line` is for stderr, None when there is nothing to say; `died` is the device that was the reason."""
 
     code: int
     line: str | None = None
+    died: DeviceDied | None = None
 
 
 POWEROFF = Ending(errors.EXIT_POWEROFF)
@@ -24,6 +26,10 @@ PANIC = Ending(errors.EXIT_PANIC, "the guest panicked")
 
 def crash(line: str) -> Ending:
     return Ending(errors.EXIT_CRASH, line)
+
+
+def device_died(died: DeviceDied) -> Ending:
+    return Ending(errors.EXIT_CRASH, str(died), died)
 
 
 def by_signal(number: int, name: str) -> Ending:

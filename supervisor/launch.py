@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from devproc import jail, wire, zygote
 from devproc.zygote import Zygote
@@ -22,7 +22,7 @@ from kvmcore.irq import GsiRouter
 from kvmcore.kvm import Kvm, Vm
 from kvmcore.memory import GuestMemory
 from policies.errors import PolicyError
-from supervisor import console, control, ending, machine
+from supervisor import confine, console, control, ending, machine
 from supervisor.bus import Buses, Claim, DeviceTarget, PciConfig
 from supervisor.config import LEARN, RunConfig
 from supervisor.ending import Ending
@@ -38,15 +38,21 @@ from supervisor.vcputhread import VcpuThread
 if TYPE_CHECKING:
     from supervisor.recorder import Recorder
 
-Say = Callable[[str], None]
-
 _EVENTS = (("panic", ending.PANIC), ("poweroff", ending.POWEROFF), ("reset", ending.RESET))
 _ECAM_BUSES = 1
 _MMIO_SIZE = 1 << 52
 
 
+class Say(Protocol):
+    """Takes one line for the user; the keywords are for machines that read it."""
+
+    def __call__(
+        self, line: str, /, *, level: str = "warning", event: str = "note", device: str | None = None
+    ) -> None: ...
+
+
 def launch(config: RunConfig, say: Say) -> Ending:
-    """Run the VM that `config` describes to its end; `say` takes one line for the user.
+    """Run the VM that `config` describes to its end; `say` takes what there is to say meanwhile.
 
     Raises:
         VmsupError: it could not be started; everything is undone.
@@ -99,6 +105,11 @@ class _Launch:
             memory = self._create_memory(vm)
         with step("create the vCPUs"):
             vcpus = [self.undo.enter_context(vm.create_vcpu(n)) for n in range(config.cpus)]
+        with step("compile the supervisor's own policies"):
+            seal = confine.seal("supervisor", mode, self.say)
+            seals = [
+                confine.seal("vcpu", mode, self.say, {"FD_VM": vm.fd, "FD_VCPU": vcpu.fd}) for vcpu in vcpus
+            ]
         with step("lay out the devices"):
             low_end = layout.low_ram_end(memory.size)
             instances = machine.instances(config, low_end, memory.size - low_end)
@@ -157,7 +168,9 @@ class _Launch:
                 nursery.pid,
             )
             threads = [
-                VcpuThread(n, v, buses, config.cpu_affinity.get(n), chip, loop.end, loop.device_gone)
+                VcpuThread(
+                    n, v, buses, config.cpu_affinity.get(n), chip, seals[n], loop.end, loop.device_gone
+                )
                 for n, v in enumerate(loops)
             ]
             if chip is not None:
@@ -171,7 +184,10 @@ class _Launch:
                 watched.append(server)
         with step("drop privileges"):
             jail.drop_privileges()
-        return loop.run(threads)
+        how = loop.run(threads, seal)
+        if config.verbose:
+            self._say_accesses(core, proxies)
+        return how
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -186,10 +202,20 @@ class _Launch:
             where = f"{e.filename}: " if e.filename else ""
             raise VmsupError(f"cannot {name}: {where}{e.strerror or e}") from e
         if self.config.verbose:
-            self.say(f"{(time.monotonic_ns() - self.began_ns) / 1e6:8.1f} ms: {name}: done")
+            done_ms = (time.monotonic_ns() - self.began_ns) / 1e6
+            self.say(f"{done_ms:8.1f} ms: {name}: done", level="info", event="step")
+
+    def _say_accesses(self, core: Core, proxies: Sequence[Proxy]) -> None:
+        """What the guest did to each device, and how long it was kept waiting."""
+        for proxy in proxies:
+            reads, writes, wait_ns = core.device_counters(proxy.index)
+            text = f"{proxy.name}: {reads} reads, {writes} writes, {wait_ns / 1e6:.1f} ms waited"
+            self.say(text, level="info", event="accesses", device=proxy.name)
+        reads, writes = core.float_counters()
+        self.say(f"nobody: {reads} reads, {writes} writes", level="info", event="accesses")
 
     def _say_of(self, name: str, line: str) -> None:
-        self.say(f"{name}: {line}")
+        self.say(f"{name}: {line}", event="log", device=name)
 
     def _jail_mode(self) -> jail.Mode:
         mode = jail.Mode(self.config.jail)
@@ -235,7 +261,7 @@ class _Launch:
             opened[port.num] = found = console.open_console(port, janitor)
             self.undo.callback(found.close)
             if found.note is not None:
-                self.say(found.note)
+                self.say(found.note, level="info", event="console")
         return opened
 
     def _eventfd(self) -> int:

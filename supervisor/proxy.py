@@ -18,14 +18,14 @@ from devproc import jail, violations, wire, zygote
 from devproc.channel import ChannelClosed
 from devproc.wire import PeerError, Space
 from kvmcore.exitloop import Core, DeviceGone
-from policies.syscalls import NAMES
 from supervisor.machine import Instance
-from supervisor.reaper import DeviceDied
+from supervisor.reaper import DeviceDied, Refused
 
 PING_EVERY_S = 1.0
 CLOSED = "closed its control channel"
 _READY_WITHIN_S = 30.0
 _LOG_LINE_MAX = 4096
+_LINES_PER_S = 200  # a traceback has some dozens
 _WARNING = 30  # the logging levels of wire.Log
 
 
@@ -66,7 +66,9 @@ class Proxy:
         self._access = access
         self._core = core
         self._timeout_s = timeout_s
-        self._say = say
+        self._tell = say
+        self._said = 0
+        self._said_since_s = 0.0
         self._log_rest = b""
         self._token = 0
         self._asked_at_s = 0.0
@@ -98,7 +100,7 @@ class Proxy:
             os.close(greeting.listener)
         for level, text in greeting.notes:
             if level >= _WARNING:
-                self._say(self.name, text)
+                self._say(text)
         self._asked_at_s = time.monotonic()
 
     # -- the one access from Python; all others are the exit loop's
@@ -133,7 +135,7 @@ class Proxy:
                 if token != self._token:
                     raise PeerError("Pong with another token")
             case wire.Log(level, text) if level >= _WARNING:
-                self._say(self.name, text)
+                self._say(text)
             case wire.Failed(why):
                 raise DeviceDied(self.name, why)
             case wire.Counters(items):
@@ -163,6 +165,21 @@ class Proxy:
 
     # -- its log and its violations
 
+    def _say(self, line: str) -> None:
+        """Tell the user, but not without end: a flood would hide the others, and fill what stderr goes to."""
+        now_s = time.monotonic()
+        if now_s - self._said_since_s >= 1:
+            self._tell_unsaid()
+            self._said_since_s = now_s
+        self._said += 1
+        if self._said <= _LINES_PER_S:
+            self._tell(self.name, line)
+
+    def _tell_unsaid(self) -> None:
+        if self._said > _LINES_PER_S:
+            self._tell(self.name, f"({self._said - _LINES_PER_S} more lines are not shown)")
+        self._said = 0
+
     def on_log(self) -> None:
         """Say what it wrote to standard error, line by line; `log_open` is false after end of file."""
         try:
@@ -175,7 +192,7 @@ class Proxy:
             self._log_rest = b""
         for line in lines:
             if line:
-                self._say(self.name, line.decode("utf-8", "backslashreplace"))
+                self._say(line.decode("utf-8", "backslashreplace"))
         self.log_open = bool(data)
 
     def on_violation(self) -> None:
@@ -185,12 +202,15 @@ class Proxy:
             DeviceDied: naming the call; not raised if the process is dead and nothing is held any more.
         """
         assert self.listener is not None
-        found = violations.read_violation(self.listener)
+        try:
+            found = violations.read_violation(self.listener)
+        except OSError as e:
+            raise DeviceDied(self.name, f"what it sent is no seccomp listener: {e.strerror}") from None
         if found is not None:
             self.kill()
-            name = NAMES.get(found.nr, "unknown")
-            call = f"system call {found.nr} ({name})"
-            raise DeviceDied(self.name, f"killed for {call}, which its policy forbids")
+            refused = Refused(self.name, self.instance.entry.name, self.pid, found.nr, found.args)
+            call = f"system call {refused.nr} ({refused.name})"
+            raise DeviceDied(self.name, f"killed for {call}, which its policy forbids", refused)
         os.close(self.listener)
         self.listener = None
 
@@ -208,6 +228,7 @@ class Proxy:
 
     def close(self) -> None:
         """Give back our descriptors."""
+        self._tell_unsaid()
         self._core.mark_dead(self.index)
         self._access.close()
         self.control.close()

@@ -5,17 +5,43 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 from kvmcore.errors import VmsupError
+from policies.parse import DIRECTORY
+from policies.syscalls import NAMES
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A system call (x86-64 number, six arguments) that the policy of `device`, a `kind`, does not allow."""
+
+    device: str
+    kind: str
+    pid: int
+    nr: int
+    args: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return NAMES.get(self.nr, "unknown")
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: pointers and flags in hexadecimal, since JSON's readers cut numbers to 53 bits."""
+        policy = str(DIRECTORY / f"{self.kind}.policy")
+        args = [f"{a:#x}" for a in self.args]
+        return {"device": self.device, "pid": self.pid, "nr": self.nr, "name": self.name, "args": args,
+                "policy": policy}  # fmt: skip
 
 
 class DeviceDied(VmsupError):
-    """A device process is gone or useless: `name` and, in one phrase, why."""
+    """A device process is gone or useless: `name` and, in one phrase, why; `refused` is what it tried."""
 
-    def __init__(self, name: str, cause: str) -> None:
+    def __init__(self, name: str, cause: str, refused: Refused | None = None) -> None:
         super().__init__(f"{name}: {cause}")
         self.name = name
         self.cause = cause
+        self.refused = refused
 
 
 @dataclass(frozen=True)

@@ -114,16 +114,23 @@ class RunLoop:
         self._lost = (index, how)
         self.wake()
 
-    def run(self, vcpus: Sequence[VcpuThread]) -> Ending:
-        """Start the vCPU threads and wait for the end; everything is stopped on return."""
+    def run(self, vcpus: Sequence[VcpuThread], seal: Callable[[], None]) -> Ending:
+        """Start the vCPU threads and wait for the end; everything is stopped on return.
+
+        `seal` confines the calling thread; what it raises is raised.
+        """
         self._vcpus = list(vcpus)
         try:
             for vcpu in self._vcpus:
                 vcpu.start()
+            seal()
+            if self._ending is None:
+                for vcpu in self._vcpus:
+                    vcpu.release()
             while self._ending is None:
                 self._once()
         except DeviceDied as e:
-            self.end(ending.crash(str(e)))
+            self.end(ending.device_died(e))
         finally:
             self._stop()
         assert self._ending is not None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from kvmcore.errors import VmsupError
 from kvmcore.exitloop import CoreVcpu, Exit, ExitKind
 from supervisor import ending
 from supervisor.bus import Buses
@@ -35,6 +36,7 @@ class VcpuThread:
     Args:
         cpus: the host CPUs it may run on; None: any.
         chip: for the exits that only a split irqchip has.
+        seal: confines the calling thread.
         ended: takes the VM's ending, from this thread.
         device_gone: takes (device number, how) when an access lost its device.
     """
@@ -46,6 +48,7 @@ class VcpuThread:
         buses: Buses,
         cpus: frozenset[int] | None,
         chip: InterruptChip | None,
+        seal: Callable[[], None],
         ended: Callable[[Ending], None],
         device_gone: Callable[[int, str], None],
     ) -> None:
@@ -54,18 +57,28 @@ class VcpuThread:
         self._buses = buses
         self._cpus = cpus
         self._chip = chip
+        self._seal = seal
         self._ended = ended
         self._device_gone = device_gone
         self._stopping = False
+        self._settled = threading.Event()
+        self._released = threading.Event()
         self._thread = threading.Thread(target=self._main, name=f"vcpu{number}", daemon=True)
 
     def start(self) -> None:
+        """Start the thread and wait until it is confined, or has failed: `ended` has then been told."""
         self._thread.start()
+        self._settled.wait()
+
+    def release(self) -> None:
+        """Let the guest run."""
+        self._released.set()
 
     def stop(self) -> None:
-        """Have the thread end soon; follow with `kick_until_over`."""
+        """Have the thread end soon, released or not; follow with `kick_until_over`."""
         self._stopping = True
         self._vcpu.stop()
+        self.release()
 
     def interrupt(self) -> None:
         """Have it leave the guest and let the interrupt chip inject."""
@@ -90,17 +103,24 @@ class VcpuThread:
                 f.write(self._thread.name)
             if self._cpus is not None:
                 os.sched_setaffinity(0, self._cpus)
+            self._seal()
+            self._settled.set()
+            self._released.wait()
             while True:
                 how = self._answer(self._vcpu.run())
                 if how is not None:
                     self._ended(how)
                     return
         except DeviceDied as e:
-            self._ended(ending.crash(str(e)))
+            self._ended(ending.device_died(e))
+        except VmsupError as e:
+            self._ended(ending.crash(f"vcpu{self._number}: {e}"))
         except _Over:
             pass
         except Exception as e:
             self._ended(ending.crash(f"vcpu{self._number}: internal error: {type(e).__name__}: {e}"))
+        finally:
+            self._settled.set()
 
     def _answer(self, exit_: Exit) -> Ending | None:
         """Do what the exit asks for; the VM's ending if it was the last one."""

@@ -10,6 +10,7 @@ from policies.parse import DIRECTORY, load
 from policies.policy import Rule
 from policies.simulate import cells, simulate
 from policies.syscalls import SYSCALLS
+from supervisor import confine
 
 DEVICES = sorted(CATALOG)
 
@@ -19,7 +20,9 @@ def rules() -> list[tuple[str, Rule]]:
 
 
 def test_every_policy_file_belongs_to_a_device_or_is_shared() -> None:
-    assert {p.stem for p in DIRECTORY.glob("*.policy")} == {*DEVICES, "base"}
+    assert {p.stem for p in DIRECTORY.glob("*.policy")} == {
+        *DEVICES, "base", *confine.POLICIES, "interpreter",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
