@@ -161,6 +161,16 @@ def _arguments() -> argparse.ArgumentParser:
     jail = verbs.add_parser("jail", help="what confines a device").add_subparsers(dest="what", required=True)
     jail.add_parser("plan", help="every layer, before anything runs").add_argument("name", metavar="NAME")
     return top
+    inspect = jail.add_parser("inspect", help="what each process of a running VM really has")
+    inspect.add_argument("socket", metavar="SOCKET", help="what was given to vmsup run --socket")
+    inspect.add_argument(
+        "--require", action="store_true", help="fail if anything differs from what was declared, or is hidden"
+    )
+    selftest = jail.add_parser("selftest", help="try to escape from the jail, in many ways")
+    selftest.add_argument("name", nargs="?", metavar="NAME", help="a device, for its policy [serial]")
+    selftest.add_argument("--layers", action="store_true", help="also with each single layer left out")
+    for verb in (inspect, selftest):
+        verb.add_argument("--json", action="store_true", help="for machines")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -274,8 +284,9 @@ def _dispatch(args: argparse.Namespace) -> int:
         case "jail":
             from supervisor import pages  # noqa: PLC0415
 
-            print(pages.jail_plan(args.name))
-            return 0
+            text, code = pages.jail_verb(args)
+            print(text)
+            return code
     raise AssertionError(args.verb)
 
 

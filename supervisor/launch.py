@@ -304,7 +304,8 @@ class _Launch:
 
     def _ps(self, proxies: Sequence[Proxy], nursery: Zygote) -> dict[str, Any]:
         processes = [[p.name, p.pid] for p in proxies if not p.reaped]
-        return {"pid": os.getpid(), "zygote": nursery.pid, "processes": processes}
+        kinds = {p.name: p.instance.entry.name for p in proxies}
+        return {"pid": os.getpid(), "zygote": nursery.pid, "processes": processes, "kinds": kinds}
 
 
 def _stop(loop: RunLoop) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,30 @@ def jail_plan(name: str) -> str:
 def _number(text: str) -> int:
     try:
         return int(text, 0)
+def jail_verb(args: argparse.Namespace) -> tuple[str, int]:
+    """(text, exit code) of one `vmsup jail` verb.
+
+    Raises:
+        ConfigError: what was named cannot be used.
+        VmsupError: a process to attack from could not be started.
+    """
+    match args.what:
+        case "inspect":
+            from supervisor import attest, control  # noqa: PLC0415 - the other verbs look at no process
+
+            report = attest.of_vm(control.ask(args.socket, "ps"))
+            text = json.dumps(report.as_json(), indent=2) if args.json else report.text()
+            return text, EXIT_CRASH if args.require and report.unproven else 0
+        case "selftest":
+            from supervisor import selftest  # noqa: PLC0415
+
+            matrix = selftest.run(entry(args.name or selftest.VICTIM).name, args.layers)
+            text = json.dumps(matrix.as_json(), indent=2) if args.json else matrix.text()
+            return text, EXIT_CRASH if matrix.escaped else 0
+        case _:
+            return jail_plan(args.name), 0
+
+
     except ValueError:
         raise ConfigError(f"argument {text!r}: expected a number") from None
 
