@@ -19,18 +19,18 @@ from policies.compile import compile_single
 from policies.parse import load
 
 POLICIES: Final = ("supervisor", "vcpu")
-FDS: Final = ("FD_VM", "FD_VCPU")
-"""The names by which the policies call descriptors that are numbered as they come."""
+FDS: Final = {"FD_VM": 1000, "FD_VCPU": 1001}
+"""Descriptors that are numbered as they come, and the numbers by which `vmsup policy` speaks of them."""
 
 
-def constants(fds: Mapping[str, int]) -> dict[str, int]:
-    """What the policies may name beyond `policies.constants`: `fds`, ours alone, and the ioctls of KVM."""
+def constants(fds: Mapping[str, int] = FDS) -> dict[str, int]:
+    """What the policies may name beyond `policies.constants`: `fds`, this process, and the ioctls of KVM."""
     own = {"PID": os.getpid(), "SIG_KICK": signal.SIGRTMIN, "FD_STDERR": 2}
     return {**{i.name: i.value for i in Ioctl}, **own, **fds}
 
 
 def seal(
-    policy: str, mode: jail.Mode, warn: Callable[[str], None], fds: Mapping[str, int] | None = None
+    policy: str, mode: jail.Mode, warn: Callable[[str], None], fds: Mapping[str, int] = FDS
 ) -> Callable[[], None]:
     """What confines the thread that calls it to policies/NAME.policy, for good; needs no_new_privs.
 
@@ -41,7 +41,7 @@ def seal(
     """
     if mode is jail.Mode.NONE:
         return lambda: None
-    program = compile_single(load(policy, constants(fds or {})))
+    program = compile_single(load(policy, constants(fds)))
 
     def load_filter() -> None:
         try:

@@ -12,6 +12,7 @@ from devproc.catalog import CATALOG, Entry
 from kvmcore.errors import EXIT_CRASH, ConfigError
 from policies import commands
 from policies.parse import load
+from supervisor import confine
 
 
 def entry(name: str) -> Entry:
@@ -27,9 +28,11 @@ def entry(name: str) -> Entry:
 
 
 def _slots(name: str) -> dict[str, int]:
-    """The descriptor constants for a device's policy, or for a file the union of all devices'."""
+    """The constants of a device's or a supervisor's policy, or for a file the union of all devices'."""
     if name in CATALOG:
         return CATALOG[name].slots()
+    if name in confine.POLICIES:
+        return confine.constants()
     return {k: v for e in CATALOG.values() for k, v in e.slots().items()}
 
 
@@ -40,9 +43,6 @@ def jail_plan(name: str) -> str:
     return "\n".join(f"{n:2}. {s.name:13} {s.describe(device)}" for n, s in enumerate(steps, 1))
 
 
-def _number(text: str) -> int:
-    try:
-        return int(text, 0)
 def jail_verb(args: argparse.Namespace) -> tuple[str, int]:
     """(text, exit code) of one `vmsup jail` verb.
 
@@ -67,6 +67,9 @@ def jail_verb(args: argparse.Namespace) -> tuple[str, int]:
             return jail_plan(args.name), 0
 
 
+def _number(text: str) -> int:
+    try:
+        return int(text, 0)
     except ValueError:
         raise ConfigError(f"argument {text!r}: expected a number") from None
 
@@ -80,10 +83,13 @@ def policy(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, i
     """
     match args.what:
         case "check":
-            names = args.names or list(CATALOG)
-            found = [d for n in names for d in commands.check([n], _slots(n))]
+            names = args.names or [*CATALOG, *confine.POLICIES]
+            ours = confine.POLICIES
+            found = [d for n in names for d in commands.check([n], _slots(n), slots=n not in ours)]
             text = "\n".join(d.render() for d in found) or f"{len(names)} policies: nothing found"
             return text, EXIT_CRASH if found else 0
+        case "show" if args.name in confine.POLICIES:
+            return commands.show(args.name, confine.constants()), 0
         case "show":
             device = entry(args.name)
             page = [f"{device.name}: {device.summary}", jail_plan(device.name)]

@@ -86,3 +86,19 @@ def test_a_long_policy_is_found() -> None:
     calls = [n for n in SYSCALLS if n not in NEVER][:26]
     assert not any("at most" in f for f in findings("\n".join(f"{n}: return EPERM # w" for n in calls[:25])))
     assert any("26 system calls" in f for f in findings("\n".join(f"{n}: return EPERM # w" for n in calls)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["read: 1 # files", "ioctl: arg1 == FIONBIO # sockets", "fcntl: arg1 == F_SETFL && arg2 == 0 # sockets"],
+)
+def test_without_fixed_descriptors_only_other_arguments_are_needed(text: str) -> None:
+    assert lint(parse(text), slots=False) == []
+    assert lint(parse(text)) != []
+
+
+def test_without_fixed_descriptors_the_other_arguments_are_still_needed() -> None:
+    (found,) = lint(parse("ioctl: arg0 == 3 # anything"), slots=False)
+    assert "condition on arg1" in found.message
+    (found,) = lint(parse("kill: arg1 == SIGKILL # anybody"), slots=False)
+    assert "condition on arg0" in found.message

@@ -15,8 +15,14 @@ from supervisor import confine
 DEVICES = sorted(CATALOG)
 
 
+CONSTANTS = {name: CATALOG[name].slots() for name in DEVICES} | {
+    name: confine.constants() for name in confine.POLICIES
+}
+ALL = sorted(CONSTANTS)
+
+
 def rules() -> list[tuple[str, Rule]]:
-    return [(device, rule) for device in DEVICES for rule in load(device, CATALOG[device].slots()).rules]
+    return [(name, rule) for name in ALL for rule in load(name, CONSTANTS[name]).rules]
 
 
 def test_every_policy_file_belongs_to_a_device_or_is_shared() -> None:
@@ -25,9 +31,10 @@ def test_every_policy_file_belongs_to_a_device_or_is_shared() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_linter_finds_nothing(device: str) -> None:
-    assert [d.render() for d in commands.check([device], CATALOG[device].slots())] == []
+@pytest.mark.parametrize("name", ALL)
+def test_the_linter_finds_nothing(name: str) -> None:
+    found = commands.check([name], CONSTANTS[name], slots=name in CATALOG)
+    assert [d.render() for d in found] == []
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -37,9 +44,9 @@ def test_a_device_needs_few_system_calls(device: str) -> None:
     assert len(calls) <= budget, f"{device} has grown to {len(calls)} system calls, {budget} are allowed"
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ALL)
 def test_everything_unlisted_dies(device: str) -> None:
-    policy = load(device, CATALOG[device].slots())
+    policy = load(device, CONSTANTS[device])
     program, listed = compile_single(policy), policy.by_call()
     for name, nr in SYSCALLS.items():
         if name not in listed:
@@ -49,7 +56,7 @@ def test_everything_unlisted_dies(device: str) -> None:
 
 @pytest.mark.parametrize(("device", "rule"), rules(), ids=lambda x: x if isinstance(x, str) else x.name)
 def test_each_rule_passes_its_arguments_and_kills_each_mutated_one(device: str, rule: Rule) -> None:
-    program = compile_single(load(device, CATALOG[device].slots()))
+    program = compile_single(load(device, CONSTANTS[device]))
     nr = SYSCALLS[rule.name]
     if not rule.clauses:
         assert simulate(program, nr) == rule.action
