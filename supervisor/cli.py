@@ -175,6 +175,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command line and exit with its code; no traceback reaches the user."""
+    global _as_json  # noqa: PLW0603 - what fails before there is a configuration is said in its form, too
     _ensure_standard_descriptors()
     code = EXIT_CRASH
     try:
@@ -183,7 +184,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             "--jail-mode=" + w.removeprefix("--jail=") if w.startswith("--jail=") else w
             for w in (sys.argv[1:] if argv is None else argv)
         ]
-        code = _dispatch(_arguments().parse_args(words))
+        args = _arguments().parse_args(words)
+        _as_json = getattr(args, "log_format", None) == "json"
+        code = _dispatch(args)
         sys.stdout.flush()
     except VmsupError as e:
         complain(str(e), level="error", event="error")
@@ -293,9 +296,8 @@ def _dispatch(args: argparse.Namespace) -> int:
 def _run(options: dict[str, Any]) -> int:
     from supervisor.launch import launch  # noqa: PLC0415 - the other verbs do not pay for it
 
-    global _as_json  # noqa: PLW0603 - `main` says what went wrong before there is a configuration, too
+    global _as_json  # noqa: PLW0603 - the file may ask for it
     del options["verb"]
-    _as_json = options.get("log_format") == "json"
     settings = config.build(options)
     _as_json = settings.log_format == "json"
     # Opened first: the supervisor opens no file once the guest runs.

@@ -132,6 +132,13 @@ def test_a_vm_that_was_stopped_goes_on(machine: Start) -> None:
     assert one.end() == 0
 
 
+def test_a_full_standard_error_changes_nothing(elf: Elf) -> None:
+    words = vm.command("run", "-v", elf("hello"))
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=full, cwd=vm.ROOT, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, b"hello")
+
+
 # -- what is said to machines
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -59,6 +60,7 @@ def refused(*words):
         (("run", "--cpu-affinity", "x", "k"), "--cpu-affinity"),
         (("run", "--serial", "type=telex", "k"), "--serial: type: expected one of stdio"),
         (("run", "--serial", "speed=9", "k"), "unknown key 'speed'"),
+        (("run", "--log-format", "xml", "k"), "'xml'"),
         (("run", "--config", "/nonexistent.toml"), "/nonexistent.toml"),
         (("run", "/nonexistent/bzImage"), "/nonexistent/bzImage"),
         (("run", "-i", "/nonexistent/initrd", sys.executable), "/nonexistent/initrd"),
@@ -126,6 +128,19 @@ def test_an_internal_error_shows_where_on_request(monkeypatch):
 def test_what_a_device_says_cannot_drive_the_terminal(capsys):
     cli.complain("serial1: \x1b[2Jowned\r\nnext\x07 \x9b31m gr\u00fc\u00df")
     assert capsys.readouterr().err == "vmsup: serial1: \\x1b[2Jowned next\\x07 \\x9b31m gr\u00fc\u00df\n"
+
+
+def test_what_goes_wrong_is_a_json_object_on_request(tmp_path):
+    path = tmp_path / "vm.toml"
+    path.write_text('log-format = "json"\nkernel = "/nonexistent"')
+    for words in (("run", "--log-format", "json", "/nonexistent"), ("run", "--config", str(path))):
+        code, out, err = vmsup(*words)
+        assert (code, out, err.count("\n")) == (35, "", 1)
+        said = json.loads(err)
+        assert datetime.fromisoformat(said.pop("time")).utcoffset() == timedelta(0)
+        assert "/nonexistent" in said.pop("message")
+        assert said == {"level": "error", "event": "error", "device": None}
+    assert refused("run", "/nonexistent")
 
 
 def test_ctrl_c_is_exit_code_130(monkeypatch):

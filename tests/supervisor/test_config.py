@@ -161,6 +161,8 @@ def test_a_switch_that_was_not_given_leaves_the_files_value(tmp_path):
         ('[[serial]]\ntype = "file"', "serial: type=file needs path="),
         ("[[serial]]\nbaud = 9600", "serial: unknown key 'baud'"),
         ("config = 1", "unknown key 'config'"),
+        ('log-format = "xml"', "log-format: expected one of text, json"),
+        ("jail-report = 1", "jail-report: expected"),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, text, why):
