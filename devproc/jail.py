@@ -43,6 +43,9 @@ _NAMESPACES: Final = (
 _SECUREBITS: Final = 0x03 | 0x0C | 0x20 | 0xC0
 _NEW_ROOT: Final = "/proc"  # where the empty root is mounted: any directory every host has
 _FD_SCRATCH: Final = 512  # above every slot, below the usual soft limit of 1024
+# Until its listener is sent: as many as all processes of its user may have under way in messages (unix(7),
+# ETOOMANYREFS), such as the listeners of the user's other devices.
+_FD_LAUNCH: Final = 256
 _FD_MAX: Final = 0xFFFF_FFFF
 
 
@@ -187,7 +190,7 @@ def _limits(ctx: Context) -> None:
         (resource.RLIMIT_FSIZE, ctx.entry.fsize),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_NOFILE, ctx.held + 1),  # one for Landlock and for "seccomp", which takes it back
+        (resource.RLIMIT_NOFILE, _FD_LAUNCH),  # "seccomp" takes back all that are not held
     ):
         resource.setrlimit(limit, (value, value))
 

@@ -49,7 +49,7 @@ def executable() -> None:
 
 
 def many_descriptors() -> None:
-    for _ in range(64):
+    for _ in range(512):
         os.dup(2)
 
 
