@@ -1,9 +1,9 @@
 """`vmsup` in which one device process attacks its supervisor: `attacker.py ATTACK`, then vmsup's own words.
 
 The attacker is forked by the zygote as every device process is, holds that device's descriptors and walks
-into the same jail, up to the moment of its attack.  Once sealed it has the system calls of the device's policy
-and no others, so what takes more (descriptors in a frame, a closed channel) is tried twice: without a jail,
-and in the jail, where the system call is what it dies of.
+into the same jail, up to the moment of its attack.  Once sealed it has the system calls of the device's
+policy and no others, so what takes more (descriptors in a frame, a closed channel) is tried twice: without a
+jail, and in the jail, where the system call is what it dies of.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from supervisor import cli, proxy
 
 READY_WITHIN_S: Final = 3.0  # instead of 30
 TIMEOUT_S: Final = "2"
-FLOOD: Final = 20_000  # messages, of a thousand bytes each
+FLOOD: Final = 20_000  # messages, of TEXT each
+TEXT: Final = "x" * 900
 DONE: Final = "that was all"
 SERVING, ACCESSED = "serving", "accessed"
 
@@ -42,7 +43,8 @@ class Attack:
     Attributes:
         when: in place of which message of its start, or once it serves, or in an access that waits for it.
         act: what it does with its (access, control) channels; afterwards it is silent for ever.
-        line: what the VM ends with, after "vmsup: "; None: it goes on, and the device says `DONE`.
+        line: what the VM ends with, after "vmsup: "; None: it goes on, and the device serves again, saying
+            `DONE` at each access.
     """
 
     when: type[wire.Message] | str
@@ -88,8 +90,7 @@ def say(text: str) -> Act:
 
 
 def flood(act: Act) -> Act:
-    """FLOOD times; what it says next is said in another second, and so not part of it."""
-    return in_turn(repeat(FLOOD, act), lambda access, control: select.select([], [], [], 1.5), say(DONE))
+    return repeat(FLOOD, act)
 
 
 def repeat(times: int, act: Act) -> Act:
@@ -141,20 +142,6 @@ def close(channel: str) -> Act:
     return lambda access, control: (access if channel == "access" else control).close()
 
 
-def serves(act: Act) -> Act:
-    """`act`, then what the device would do."""
-
-    def both(access: socket.socket, control: socket.socket) -> None:
-        act(access, control)
-        raise _Serve
-
-    return both
-
-
-class _Serve(Exception):
-    pass
-
-
 _exit: Act = lambda access, control: os._exit(7)  # noqa: E731
 _crash: Act = lambda access, control: ctypes.string_at(0)  # noqa: E731
 _NESTED = b"\x91" * 2000
@@ -187,9 +174,7 @@ def _start(when: type[wire.Message], act: Act, line: str) -> Attack:
 
 def _harmless(act: Act, *options: str) -> Attack:
     """It begins when the guest has read the clock, and then the device is as good as before."""
-    return Attack(
-        ACCESSED, serves(in_turn(on_access(wire.Value(0)), act)), None, guest="ask", options=options
-    )
+    return Attack(ACCESSED, in_turn(on_access(wire.Value(0)), act), None, guest="ask", options=options)
 
 
 _UNJAILED = ("--no-jail",)
@@ -324,7 +309,7 @@ ATTACKS: Final[dict[str, Attack]] = {
     ),
     "a log without end instead of Ready": _start(
         wire.Ready,
-        repeat(10**9, on_control(wire.Log(10, "x" * 1000))),
+        repeat(10**9, on_control(wire.Log(10, TEXT))),
         "broke the protocol: unexpected Log before it is sealed",
     ),
     # -- without a jail
@@ -336,15 +321,15 @@ ATTACKS: Final[dict[str, Attack]] = {
     ),
     "a crash": Attack(SERVING, _crash, "rtc: killed by SIGSEGV", options=_UNJAILED),
     # -- what harms nobody
-    "a flood of unseen messages": _harmless(flood(on_control(wire.Log(10, "x" * 1000)))),
-    "a flood of messages": _harmless(flood(on_control(wire.Log(30, "x" * 1000)))),
-    "a flood of log lines": _harmless(flood(say("x" * 1000))),
-    "a log line without end": _harmless(flood(lambda access, control: os.write(FD_LOG, b"x" * 1000))),
+    "a flood of unseen messages": _harmless(flood(on_control(wire.Log(10, TEXT)))),
+    "a flood of messages": _harmless(flood(on_control(wire.Log(30, TEXT)))),
+    "a flood of log lines": _harmless(flood(say(TEXT))),
+    "a log line without end": _harmless(flood(lambda access, control: os.write(FD_LOG, TEXT.encode()))),
     "descriptors on the control channel": _harmless(
-        in_turn(repeat(100, with_descriptors(50, wire.Log(10, ""))), say(DONE)), *_UNJAILED
+        repeat(100, with_descriptors(50, wire.Log(10, ""))), *_UNJAILED
     ),
     "descriptors on the access channel": _harmless(
-        in_turn(with_descriptors(50, wire.Value(0), access_channel=True), say(DONE)), *_UNJAILED
+        with_descriptors(50, wire.Value(0), access_channel=True), *_UNJAILED
     ),
 }  # fmt: skip
 
@@ -363,9 +348,14 @@ def _arm(attack: Attack) -> None:
         message = wire.decode(server._access.recv(wire.ACCESS_FRAME_MAX + 1))
         if isinstance(message, wire.Write) and message.posted:
             return
-        child.Server._serve_accesses = original_accesses  # type: ignore[method-assign]
-        with contextlib.suppress(_Serve):
+        if attack.line is not None:
             strike(server._access, server._control.sock)
+        child.Server._serve_accesses = serve_on  # type: ignore[method-assign]
+        attack.act(server._access, server._control.sock)
+
+    def serve_on(server: child.Server) -> None:
+        original_accesses(server)
+        say(DONE)(server._access, server._control.sock)
 
     def send(channel: Channel, message: wire.Message, fds: tuple[int, ...] = ()) -> None:
         if type(message) is attack.when:
