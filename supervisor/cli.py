@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import traceback
@@ -160,7 +161,6 @@ def _arguments() -> argparse.ArgumentParser:
 
     jail = verbs.add_parser("jail", help="what confines a device").add_subparsers(dest="what", required=True)
     jail.add_parser("plan", help="every layer, before anything runs").add_argument("name", metavar="NAME")
-    return top
     inspect = jail.add_parser("inspect", help="what each process of a running VM really has")
     inspect.add_argument("socket", metavar="SOCKET", help="what was given to vmsup run --socket")
     inspect.add_argument(
@@ -171,6 +171,7 @@ def _arguments() -> argparse.ArgumentParser:
     selftest.add_argument("--layers", action="store_true", help="also with each single layer left out")
     for verb in (inspect, selftest):
         verb.add_argument("--json", action="store_true", help="for machines")
+    return top
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -216,14 +217,37 @@ _as_json = False  # what --log-format asks of `complain`
 def complain(
     line: str, /, *, level: str = "warning", event: str = "note", device: str | None = None, **more: Any
 ) -> None:
-    """One line on stderr, whatever state it is in; the keywords are what its JSON form says besides."""
+    """One line on stderr, whatever state it is in; the keywords are what its JSON form says besides.
+
+    A device's own words ("log") are lost if nobody reads them: no device holds up the supervisor by talking.
+    """
+    most = None
+    if event == "log":
+        if not _stderr_has_room():
+            return
+        most = 300 if _as_json else 1000
     if _as_json:
-        what = {"time": _now(), "level": level, "device": device, "event": event, "message": line, **more}
+        what = {
+            "time": _now(),
+            "level": level,
+            "device": device,
+            "event": event,
+            "message": line[:most],
+            **more,
+        }
         _write(json.dumps(what))
         return
     # A device's or a file's words may be in it: nothing of theirs drives the user's terminal.
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(line.splitlines()))
-    _write(f"vmsup: {text}")
+    _write(f"vmsup: {text[:most]}")
+
+
+def _stderr_has_room() -> bool:
+    """Whether it takes PIPE_BUF bytes at once: 1000 characters, or 300 of them spelt for JSON."""
+    try:
+        return bool(select.select([], [sys.stderr], [], 0)[1])
+    except (OSError, ValueError):
+        return False
 
 
 def _write(line: str) -> None:
