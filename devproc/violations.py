@@ -33,6 +33,9 @@ def read_violation(listener: int) -> Violation | None:
     """The violation waiting at `listener`, a descriptor that is readable; None when it is gone again.
 
     A listener that is at its end (the process is dead) is readable for ever and gives None: close it.
+
+    Raises:
+        OSError: it is no listener, whatever the device said when it sent it.
     """
     poll = select.poll()
     poll.register(listener, select.POLLIN)
