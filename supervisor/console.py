@@ -89,8 +89,8 @@ def _socket(path: str, janitor: Janitor) -> Console:
         theirs, ours = _pair()
         return Console(theirs, os.dup(theirs), relay=SocketRelay(ours, None, peer))
     peer.bind(path)
+    peer.listen(1)  # at once: who waits for the path connects as soon as it is there
     janitor.unlink(path)
-    peer.listen(1)
     theirs, ours = _pair()
     return Console(theirs, os.dup(theirs), relay=SocketRelay(ours, peer))
 

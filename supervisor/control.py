@@ -48,8 +48,8 @@ class ControlServer:
             raise ConfigError(f"--socket {path}: {e.strerror or e}") from None
         finally:
             os.umask(before)
-        janitor.unlink(path)
         self._listener.listen(_CLIENTS_MAX)
+        janitor.unlink(path)
 
     def wants(self) -> dict[int, int]:
         """Descriptor -> poll events, for the run loop."""
