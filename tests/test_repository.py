@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from devproc.catalog import CATALOG, Entry
+from supervisor import confine
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kvmcore", "devproc", "policies", "supervisor")
@@ -116,5 +117,5 @@ def test_a_catalogue_entry_is_complete(entry: Entry) -> None:
 def test_no_device_is_missing_from_the_catalogue() -> None:
     models = {p.stem for p in sources("devproc/devices") if not p.stem.startswith("_")}
     assert models == {e.module.rpartition(".")[2] for e in CATALOG.values()}
-    policies = {p.stem for p in (ROOT / "policies").glob("*.policy")} - {"base"}
-    assert policies == set(CATALOG)
+    policies = {p.stem for p in (ROOT / "policies").glob("*.policy")}
+    assert policies == {*CATALOG, "base", *confine.POLICIES, "interpreter"}
