@@ -1,6 +1,7 @@
 # make setup   Debian packages, .venv, the kernels that guests boot (outside the tree, in ~/.cache/vmsup)
 # make demo    a stock Debian kernel, every device in its own jail
 # make test    everything; stock kernels boot in the testbed where this machine's /dev/kvm cannot
+# make fuzz    the wire and the C core, FUZZ_S seconds each, from and into tests/regressions
 # make clean   removes what was built in the tree, not the kernels
 
 PYTHON ?= python3
@@ -15,7 +16,11 @@ PACKAGES += qemu-system-x86 busybox-static lz4
 # Independent readers of what tests make: iasl, dtc; lspci runs in a guest.
 PACKAGES += acpica-tools device-tree-compiler pciutils
 
-.PHONY: setup demo test clean packages kernels
+# libFuzzer, for `make fuzz` alone.
+FUZZ_PACKAGES := clang-14 libclang-rt-14-dev
+FUZZ_S ?= 600
+
+.PHONY: setup demo test fuzz clean packages kernels
 
 setup: $(BIN)/.ready kernels
 
@@ -24,6 +29,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+fuzz: PACKAGES += $(FUZZ_PACKAGES)
+fuzz: $(BIN)/.ready packages
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python -m integration.fuzz.run $(FUZZ_S)
 
 clean:
 	rm -rf $(VENV) build *.egg-info kvmcore/_core.*.so kvmcore/_core.*.o

@@ -8,7 +8,7 @@
  * gives; a value fits the size that was asked for; a dead device keeps its first cause.
  *
  * Without libFuzzer (-DREPLAY): main() runs each input of a file, one a line in hexadecimal.  Left out: two
- * threads at once (core_threads.c). */
+ * threads at once. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -146,7 +146,8 @@ static void next_exit(void)
             run->io.data_offset = number();
         if (run->io.data_offset <= RUN_SIZE - 8)
             memcpy((uint8_t *)run + run->io.data_offset, &(uint64_t){number()}, 8);
-        if (!run->io.direction && run->io.data_offset <= RUN_SIZE) {
+        /* From here on as the loop sees it: the data may have been put over the exit itself. */
+        if (run->io.direction != KVM_EXIT_IO_OUT && run->io.data_offset <= RUN_SIZE) {
             data_start = run->io.data_offset;
             data_end = data_start + (uint64_t)run->io.size * run->io.count;
         }
@@ -253,7 +254,7 @@ static void peer_reads(void)
     ssize_t length;
     int fd = peer();
     while ((length = recv(fd, frame, sizeof frame, MSG_DONTWAIT)) > 0)
-        REQUIRE(length <= FRAME_MAX - 2 && ((frame[0] == 0x94 && frame[1] == TAG_READ) ||
+        REQUIRE(length < FRAME_MAX && ((frame[0] == 0x94 && frame[1] == TAG_READ) ||
                                             (frame[0] == 0x96 && frame[1] == TAG_WRITE)));
 }
 
@@ -302,6 +303,38 @@ static void set_routes(void)
     REQUIRE(at == ROUTES_SET || (at >= 0 && (uint32_t)at < n[0] + n[1] && core->tables[1] == before));
 }
 
+/* A machine as there are: a port device, configuration space by ports and in memory, a BAR. */
+static void usual_machine(void)
+{
+    static const struct core_route pio[] = {
+        {.start = 0x70, .size = 2, .kind = ROUTE_DEVICE},
+        {.start = 0x80, .size = 1, .kind = ROUTE_PYTHON},
+        {.start = 0xcf8, .size = 8, .kind = ROUTE_PCI_CONFIG, .space = 2},
+    };
+    static const struct core_route mmio[] = {
+        {.start = 0x80000000, .size = 0x100000, .kind = ROUTE_PCI_CONFIG, .space = 2},
+        {.start = 0xe8000000, .size = 0x1000, .kind = ROUTE_DEVICE, .space = 3},
+    };
+    add_device();
+    REQUIRE(core_set_routes(core, pio, 3, mmio, 2) == ROUTES_SET);
+    REQUIRE(!core_set_pci_function(core, 0, 0));
+}
+
+/* The frame reader on bytes that end where the frame ends. */
+static void read_frame(void)
+{
+    size_t length = u8() % (FRAME_MAX + 1);
+    uint8_t *frame = malloc(length);
+    for (size_t i = 0; i < length; i++)
+        frame[i] = u8();
+    uint64_t value;
+    bool is_value = parse_reply(frame, length, TAG_VALUE, &value);
+    bool is_done = parse_reply(frame, length, TAG_DONE, NULL);
+    REQUIRE(!is_value || (frame[0] == 0x92 && length >= 3 && length <= 1 + 9 + 9));
+    REQUIRE(!is_done || (frame[0] == 0x91 && length >= 2 && length <= 1 + 9));
+    free(frame);
+}
+
 /* locate() against a search through all routes. */
 static void look_up(void)
 {
@@ -335,7 +368,7 @@ static void step(void)
 {
     struct core_device_counters counters;
     uint64_t floats[2];
-    switch (u8() % 17) {
+    switch (u8() % 19) {
     case 0: add_device(); break;
     case 1: peer_sends(); break;
     case 2: peer_answers(); break;
@@ -364,6 +397,8 @@ static void step(void)
         fault = (int[]){EINTR, EAGAIN, ECONNRESET, ENOBUFS}[u8() & 3];
         break;
     case 16: look_up(); break;
+    case 17: read_frame(); break;
+    case 18: usual_machine(); break;
     }
 }
 
@@ -389,3 +424,26 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(run);
     return 0;
 }
+
+#ifdef REPLAY
+int main(int argc, char **argv)
+{
+    uint8_t data[PAGE];
+    char line[2 * PAGE + 2];
+    int inputs = 0;
+    FILE *file = argc == 2 ? fopen(argv[1], "r") : NULL;
+    REQUIRE(file);
+    while (fgets(line, sizeof line, file)) {
+        size_t size = strcspn(line, "\n") / 2;
+        for (size_t i = 0; i < size; i++)
+            REQUIRE(sscanf(&line[2 * i], "%2hhx", &data[i]) == 1);
+        uint8_t *exact = malloc(size); /* so that reading past it is seen */
+        memcpy(exact, data, size);
+        LLVMFuzzerTestOneInput(exact, size);
+        free(exact);
+        inputs++;
+    }
+    printf("%d inputs\n", inputs);
+    return 0;
+}
+#endif
