@@ -25,9 +25,8 @@ Elf = Callable[[str], str]
 
 
 def children() -> set[str]:
-    return {
-        pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
-    }
+    """Of the main thread, which is the one that adopts."""
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +138,10 @@ def test_an_attack_that_the_vm_survives_costs_it_nothing(elf: Elf, tmp_path: Pat
         lines: list[str] = []
         listener = threading.Thread(target=one.listen, args=[lines])
         listener.start()
+        asked = 0
         while f"vmsup: rtc: {DONE}" not in lines:
             one.echoes(b"r")
+            asked += 1
         assert one.descriptors() == held
         assert one.memory_kib() - used_kib < MEMORY_MAX_KIB
         one.type(b"q")
@@ -149,7 +150,7 @@ def test_an_attack_that_the_vm_survives_costs_it_nothing(elf: Elf, tmp_path: Pat
     if name in ("a flood of messages", "a flood of log lines"):
         shown = [line for line in lines if line == f"vmsup: rtc: {TEXT}"]
         unsaid = [int(n) for n in re.findall(r"\((\d+) more lines are not shown\)", "\n".join(lines))]
-        assert 0 < len(shown) <= FLOOD - sum(unsaid) < FLOOD
+        assert 0 < len(shown) <= FLOOD + asked - sum(unsaid) < FLOOD
 
 
 @pytest.mark.parametrize("name", ["silence in an access", "endless work in an access"])
