@@ -35,7 +35,7 @@
 #define GONE(cause, error) ((uint32_t)(cause) | (uint32_t)(error) << 8)
 #define GONE_CAUSE(gone) ((gone) & 0xff)
 #define GONE_ERROR(gone) ((int)((gone) >> 8))
-#define FRAME_MAX 32 /* the longest frame, a Write, takes 30 bytes with every integer 64 bits wide */
+#define FRAME_MAX 32 /* the longest, a Write, takes 31 bytes with space, offset and data 64 bits wide */
 
 /* One device process: the supervisor's end of its access channel. */
 struct device {
