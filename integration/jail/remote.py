@@ -16,6 +16,18 @@ HERE = Path(__file__).resolve().parent
 ORDINARY = 1000
 
 
+def as_user() -> list[str]:
+    """The words in front of a command that is to run as an ordinary user; skips if nobody can."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv (util-linux) is needed to become an ordinary user")
+    words = ["setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups"]
+    if subprocess.run([*words, sys.executable, "-c", ""], capture_output=True, check=False).returncode:
+        pytest.skip(f"an ordinary user may not run {os.path.realpath(sys.executable)}")
+    return words
+
+
 class Remote:
     """Calls the methods of a `stand_in.StandIn` in another process."""
 
@@ -24,8 +36,7 @@ class Remote:
         self.pipe, theirs = Pipe()
         command = [sys.executable, str(HERE / "stand_in.py"), str(theirs.fileno())]
         if who == "user" and os.geteuid() == 0:
-            ids = [f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups"]
-            command = ["setpriv", *ids, *command]
+            command = [*as_user(), *command]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
         self.pid: int = self.pipe.recv()
@@ -45,6 +56,4 @@ class Remote:
 def start(who: str) -> Remote:
     if who == "root" and os.geteuid() != 0:
         pytest.skip("needs root")
-    if who == "user" and os.geteuid() == 0 and shutil.which("setpriv") is None:
-        pytest.skip("setpriv (util-linux) is needed to become an ordinary user")
     return Remote(who)

@@ -12,6 +12,7 @@ import select
 import socket
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,32 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from devproc import jail, nursery, syscalls, wire, zygote  # noqa: E402
-from devproc.catalog import CATALOG, Descriptor, Entry, Region  # noqa: E402
+from hostile import HOSTILE, VICTIM  # noqa: E402
+
+from devproc import jail, syscalls, wire, zygote  # noqa: E402
+from devproc.catalog import CATALOG, Descriptor, Entry  # noqa: E402
 from devproc.channel import Channel, ChannelClosed  # noqa: E402
 from devproc.violations import read_violation  # noqa: E402
 from policies.compile import compile_notify  # noqa: E402
 from policies.parse import load  # noqa: E402
+from supervisor.attest import attest  # noqa: E402
 
-HOSTILE = Entry(
-    "hostile",
-    "attempts to escape",
-    "hostile",
-    "Hostile",
-    regions=(Region(wire.Space.PORT, 4096, "one attempt per offset"),),
-    descriptors=(Descriptor("irq", "signal", "unused"),),
-)
+LAYERS = [s.name for s in jail.STEPS if not s.always]
+WITHOUT = {layer: {layer} for layer in LAYERS} | {"namespaces": {"namespaces", "identity", "root"}}
+SPARE = (*HOSTILE.descriptors, Descriptor("spare", "signal", "one too many"))
+# In the catalogue here: an rtc with a layer left out of its jail, an attacker with a descriptor too many.
+WEAK = {
+    "weak-descriptors": replace(HOSTILE, name="weak-descriptors", descriptors=SPARE),
+    **{
+        f"weak-{layer}": replace(CATALOG["rtc"], name=f"weak-{layer}", without=frozenset(without))
+        for layer, without in WITHOUT.items()
+    },
+}
 
 
 def filters(entry: Entry) -> zygote.Filters:
-    if entry is not HOSTILE:
-        return nursery.compiled(entry)
-    return compile_notify(load(str(HERE / "hostile.policy"), entry.slots()), jail.SETUP_CALLS)
+    page = VICTIM if entry.name in ("hostile", *WEAK) else entry.name
+    return compile_notify(load(page, entry.slots()), jail.SETUP_CALLS)
 
 
 class StandIn:
@@ -48,6 +54,7 @@ class StandIn:
 
     def __init__(self) -> None:
         CATALOG["hostile"] = HOSTILE
+        CATALOG.update(WEAK)
         if os.geteuid() == 0:  # an attempt to mount that succeeds, without a jail, must not reach the host
             syscalls.unshare(syscalls.CLONE_NEWNS)
             syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
@@ -67,13 +74,15 @@ class StandIn:
         name: str,
         mode: str = "full",
         host_id: int = 0,
-        params: tuple[int, ...] = (),
+        params: tuple[int, ...] | None = None,
         withhold: int = 0,
         ask_for: str = "",
     ) -> dict[str, Any]:
         """Start `device` and wait for it; `withhold` descriptors or `ask_for` another to get it wrong."""
         started = time.perf_counter_ns()
         entry = CATALOG[device]
+        if params is None:
+            params = tuple(p.low for p in entry.params)
         log_ours, log = os.pipe()
         access_ours, access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control_ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -168,6 +177,11 @@ class StandIn:
     def close_access(self, name: str) -> tuple[int, int]:
         self.devices[name]["access"].close()
         return self.reap(name)
+
+    def look(self, name: str) -> list[tuple[str, str]]:
+        """(field, verdict) of what this process cannot see to be as declared for an rtc."""
+        report = attest([(name, self.devices[name]["pid"], CATALOG["rtc"])], os.getpid())
+        return [(f.field, f.verdict) for f in report.unproven if f.process == name]
 
     def drop_privileges(self) -> None:
         jail.drop_privileges()

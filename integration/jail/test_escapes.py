@@ -1,56 +1,131 @@
-"""Attempts to get out: each succeeds without a jail, none in the full one."""
+"""`vmsup jail selftest` on this host, as root and as an ordinary user: nothing gets out of the full jail."""
 
 from __future__ import annotations
 
+import json
 import os
-import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
-from hostile import ATTEMPTS
+from remote import HERE, as_user
 
-HOST_ID = 2_000_001
-# Refused without a jail too where no privilege is needed to make it moot; each of them succeeds as root, or
-# the kernel at hand lacks what it asks for.
-MAY_BE_VACUOUS = {
-    "create a file without a name",
-    "x32 getpid",
-    "i386 getpid by int 0x80",
-    "secret memory",
-    "io_uring",
-    "perf",
-    "vsock socket",
+from devproc.escapes import ATTEMPTS
+from devproc.jail import Mode, plan
+
+ROOT = HERE.parents[1]
+# What the kernel at hand may lack, or refuse whoever asks.
+OPTIONAL = {
+    "sockets: multipath TCP",
+    "sockets: netlink audit",
+    "sockets: vsock",
+    "sockets: kernel crypto",
+    "sockets: xdp",
+    "sockets: bluetooth",
+    "descriptors: secret memory",
+    "memory: a protection key",
+    "memory: segments of its own",
+    "memory: own code made writable",
+    "kernel: x32 call",
+    "kernel: i386 call by int 0x80",
+    "kernel: io_uring",
+    "kernel: asynchronous I/O",
+    "kernel: load a module",
+    "kernel: unload a module",
+    "kernel: I/O ports",
+    "kernel: accounting",
+    "kernel: performance counters",
+    "files: open /dev/kvm",
+    "namespaces: time",
 }
-PRIVILEGED = {"bpf map", "perf", "mount", "chroot", "another filter", "userfaultfd", "signal to itself"}
-REFUSED_WITH_ENOENT = {"open / for reading", "create a file without a name"}
+PRIVILEGED = {
+    "files: watch every file",
+    "proc: a kernel parameter",
+    "sockets: inet raw",
+    "sockets: packet",
+    "namespaces: the supervisor's network",
+    "namespaces: mount a file system",
+    "namespaces: make a file system to mount",
+    "namespaces: chroot",
+    "namespaces: pivot the root",
+    "namespaces: set the host name",
+    "memory: the page at 0",
+    "exhaustion: a higher priority",
+    "exhaustion: real-time scheduling",
+    "exhaustion: real-time I/O",
+    "hiding: become root",
+    "hiding: leave its groups",
+    "kernel: bpf map",
+    "kernel: the kernel's log",
+    "memory: userfaultfd",
+}
+ANSWERS = {"ENOENT", "ENOMEM"}  # to the calls that a policy answers with an errno, or allows within a limit
 
 
-def attempt(supervisor: Any, number: int, mode: str) -> tuple[Any, ...]:
-    name = f"escape{number}{mode[0]}"
-    supervisor("spawn", "hostile", name, mode, host_id=HOST_ID if supervisor.who == "root" else 0)
-    outcome: tuple[Any, ...] = supervisor("read", name, number)
-    if outcome[0] == "value":
-        supervisor("kill", name)
-    return outcome
+def selftest(before: list[str], *options: str) -> tuple[int, dict[str, Any]]:
+    command = [*before, sys.executable, "-m", "supervisor.cli", "jail", "selftest", "--json", *options]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False, timeout=300)
+    return done.returncode, json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("number", range(len(ATTEMPTS)), ids=[what.replace(" ", "-") for what, _ in ATTEMPTS])
-def test_escape_fails_in_the_full_jail(supervisor: Any, number: int) -> None:
-    what = ATTEMPTS[number][0]
-    free = attempt(supervisor, number, "none")
-    jailed = attempt(supervisor, number, "full")
-    if what in REFUSED_WITH_ENOENT:
-        assert jailed == ("value", 2)
-    else:
-        # either the supervisor is told the call, or (set-up calls, foreign ABIs) the kernel kills at once
-        assert jailed[0] == "violation" or jailed[1:] == (os.CLD_KILLED, signal.SIGSYS), jailed
-    succeeded = free == ("value", 0) or (what == "exec" and free == ("died", os.CLD_EXITED, 0))
-    if not succeeded:
-        assert what in MAY_BE_VACUOUS or (what in PRIVILEGED and supervisor.who == "user"), free
-        pytest.skip(f"vacuous: without a jail it gives {free}")
+@pytest.fixture(scope="module", params=["root", "user"])
+def matrix(request: pytest.FixtureRequest) -> dict[str, Any]:
+    if request.param == "root" and os.geteuid() != 0:
+        pytest.skip("needs root")
+    code, matrix = selftest(as_user() if request.param == "user" else [])
+    assert code == 0
+    assert (matrix["uid"] == 0) == (request.param == "root")
+    return matrix
 
 
-def test_a_violation_names_the_call_and_its_arguments(supervisor: Any) -> None:
-    numbers = {what: n for n, (what, _) in enumerate(ATTEMPTS)}
-    kind, nr, args = attempt(supervisor, numbers["inet socket"], "full")
-    assert (kind, nr, args[:3]) == ("violation", 41, (2, 1, 0))
+def named(row: dict[str, Any]) -> str:
+    return f"{row['group']}: {row['attempt']}"
+
+
+def test_no_attempt_succeeds_in_the_full_jail(
+    matrix: dict[str, Any],
+) -> None:
+    assert len(matrix["rows"]) == len(ATTEMPTS) >= 100
+    assert matrix["successes"]["full"] == 0
+    words = {named(row): row["outcomes"]["full"]["outcome"] for row in matrix["rows"]}
+    assert {w for w in words.values() if w != "killed"} <= ANSWERS
+    assert words["exhaustion: a gibibyte mapped"] == "ENOMEM"
+    assert words["files: open the root directory"] == "ENOENT"
+
+
+def test_every_attempt_succeeds_without_a_jail_unless_this_host_refuses_it_by_itself(
+    matrix: dict[str, Any],
+) -> None:
+    may_be = OPTIONAL if matrix["uid"] == 0 else OPTIONAL | PRIVILEGED
+    vacuous = {named(row) for row in matrix["rows"] if row["vacuous"]}
+    assert vacuous - may_be == set()
+    assert matrix["vacuous"] == len(vacuous)
+    assert len(matrix["rows"]) - len(vacuous) >= 100
+
+
+def test_each_half_of_the_jail_stops_what_the_other_does_not(matrix: dict[str, Any]) -> None:
+    def succeed(column: str) -> set[str]:
+        return {named(r) for r in matrix["rows"] if r["outcomes"][column]["outcome"] == "succeeded"}
+
+    alone, others = succeed("seccomp alone"), succeed("all but seccomp")
+    assert alone == {"exhaustion: a gibibyte mapped", "exhaustion: a mapping grown to a gibibyte"}
+    assert "sockets: inet stream" in others  # in a network namespace with nothing in it
+    assert not any(name.startswith("proc: ") for name in others)
+    assert not any(name.startswith("others: ") for name in others - {"others: ask to be traced"})
+
+
+def test_a_violation_names_the_call(matrix: dict[str, Any]) -> None:
+    calls = {named(row): row["outcomes"]["full"].get("call") for row in matrix["rows"]}
+    assert calls["sockets: inet stream"] == "socket"
+    assert calls["processes: exec"] == "execve"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to leave out each layer")
+def test_without_any_single_layer_the_others_hold_but_for_memory() -> None:
+    code, matrix = selftest([], "--layers", "rtc")
+    assert code == 0
+    single = {n: count for n, count in matrix["successes"].items() if n.startswith("no ")}
+    layers = {s.name for s in plan(Mode.FULL) if not s.always} - {"seccomp", "no-gain"}
+    assert set(single) == {f"no {layer}" for layer in layers}
+    assert {n for n, count in single.items() if count} == {"no limits"}

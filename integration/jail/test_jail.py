@@ -39,8 +39,7 @@ def spawn(supervisor: Any, entry: Entry, name: str, **kwargs: Any) -> Any:
     if importlib.util.find_spec(entry.module) is None:
         pytest.fail(f"{entry.module} does not exist")
     kwargs.setdefault("host_id", host_id(supervisor))
-    params = tuple(p.low for p in entry.params)
-    return supervisor("spawn", entry.name, name, params=params, **kwargs)
+    return supervisor("spawn", entry.name, name, **kwargs)
 
 
 @pytest.fixture(params=SHIPPED)
