@@ -140,7 +140,7 @@ def a_lot_of_memory():
     grown = bytearray()
     for _ in range(64):
         grown.extend(bytes(1 << 20))  # realloc: mremap
-    kept = [bytes(2000) for _ in range(20000)]  # the C library's heap
+    kept = [bytes(2000) for _ in range(40000)]  # the C library's heap: more than one, in a second thread
     kept += [bytes(100) for _ in range(100000)]  # Python's arenas
     del kept, grown
 
