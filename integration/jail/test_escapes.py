@@ -13,6 +13,8 @@ from remote import HERE, as_user
 
 from devproc.escapes import ATTEMPTS
 from devproc.jail import Mode, plan
+from supervisor import cli
+from supervisor import selftest as selftest_module
 
 ROOT = HERE.parents[1]
 # What the kernel at hand may lack, or refuse whoever asks.
@@ -129,3 +131,17 @@ def test_without_any_single_layer_the_others_hold_but_for_memory() -> None:
     layers = {s.name for s in plan(Mode.FULL) if not s.always} - {"seccomp", "no-gain"}
     assert set(single) == {f"no {layer}" for layer in layers}
     assert {n for n, count in single.items() if count} == {"no limits"}
+
+
+def test_an_escape_is_named_and_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = selftest_module.COLUMNS[-1]
+    weak = selftest_module.Column(selftest_module.FULL, frozenset({"seccomp"}))
+    monkeypatch.setattr(selftest_module, "COLUMNS", (weak, nothing))
+    monkeypatch.setattr(selftest_module, "ATTEMPTS", ATTEMPTS[:4])
+    with pytest.raises(SystemExit) as end:
+        cli.main(["jail", "selftest", "rtc"])
+    assert end.value.code == 33
+    escaped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ESCAPED: ")]
+    assert escaped == ["ESCAPED: files: a handle of the root directory: succeeded"]
