@@ -1,5 +1,5 @@
 """The guests are those of integration/machine."""
 
-from integration.machine.conftest import elf
+from integration.machine.conftest import elf, machine
 
-__all__ = ["elf"]
+__all__ = ["elf", "machine"]

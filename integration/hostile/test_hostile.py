@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 from devproc import jail
 from integration.boot import vm
 from integration.hostile.attacker import ATTACKS, DONE, FLOOD, TEXT, TIMEOUT_S
-from integration.machine.conftest import PATIENCE_S
+from integration.machine.conftest import PATIENCE_S, Machine
 
 pytestmark = pytest.mark.kvm
 
@@ -162,3 +163,14 @@ def test_a_device_that_holds_up_two_vcpus_does_not_hold_up_the_third(elf: Elf, n
         _, errors = one.process.communicate(timeout=PATIENCE_S)
     assert errors.decode() == f"vmsup: {ATTACKS[name].line}\n"
     assert one.process.returncode == 33
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_device_lost_under_the_accesses_of_two_vcpus_is_named(
+    machine: Callable[..., Machine], number: signal.Signals
+) -> None:
+    one = machine("three", "--cpus", "3")
+    os.kill(one.pids["rtc"], number)
+    how = "stopped" if number == signal.SIGSTOP else "killed"
+    assert one.end() == 33
+    assert one.errors() == f"vmsup: rtc: {how} by {number.name}\n"
