@@ -7,6 +7,7 @@ nothing.  Left out, because no kernel shows them of another process: `UNSEEN`, w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -138,6 +139,7 @@ class _Process:
 
 
 Look = Callable[[], str]
+Row = tuple[str, str, str, Look]  # layer, field, what is declared, how to see what is
 
 
 def attest(devices: Sequence[tuple[str, int, Entry]], supervisor: int, zygote: int | None = None) -> Report:
@@ -152,7 +154,7 @@ def attest(devices: Sequence[tuple[str, int, Entry]], supervisor: int, zygote: i
     processes = [_Process(name, pid) for name, pid, _ in devices]
     findings: list[Finding] = []
 
-    def compare(process: _Process, rows: Sequence[tuple[str, str, str, Look]]) -> None:
+    def compare(process: _Process, rows: Sequence[Row]) -> None:
         for layer, name, declared, look in rows:
             findings.append(Finding(process.name, process.pid, layer, name, declared, _seen(look)))
 
@@ -189,7 +191,7 @@ def _seen(look: Look) -> str | None:
         return None
 
 
-def _supervisor(process: _Process) -> list[tuple[str, str, str, Look]]:
+def _supervisor(process: _Process) -> list[Row]:
     # An ordinary user's bounding set cannot be changed, and without new privileges bounds nothing.
     sets = [s for s in _CAPABILITIES if s != "Bnd" or _is_root(process)]
     return [
@@ -200,7 +202,7 @@ def _supervisor(process: _Process) -> list[tuple[str, str, str, Look]]:
     ]
 
 
-def _zygote(process: _Process) -> list[tuple[str, str, str, Look]]:
+def _zygote(process: _Process) -> list[Row]:
     return [
         ("descriptors", "descriptors", "0, 1, 2, 3", lambda: ", ".join(sorted(process.list("fd"), key=int))),
         ("memory", "guest memory", _NONE, _guest_memory(process)),
@@ -209,24 +211,22 @@ def _zygote(process: _Process) -> list[tuple[str, str, str, Look]]:
     ]
 
 
-def _device(
-    process: _Process, entry: Entry, head: _Process, others: Sequence[_Process]
-) -> list[tuple[str, str, str, Look]]:
-    """(layer, field, declared, how to see it) of a device process."""
+def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_Process]) -> list[Row]:
     status = process.status
     by_root = _is_root(head)
     page = load(entry.name, entry.slots())
     limits = (0, entry.data_mib << 20, entry.fsize, 0, 0, FD_LOG + len(entry.slots()))
 
     def namespaces() -> str:
-        shared = {p.link(f"ns/{n}") for p in others for n in NAMESPACES}
+        theirs = _of_all(others, lambda p: " ".join(p.link(f"ns/{n}") for n in NAMESPACES))
+        shared = set(" ".join(theirs).split())
         return " ".join(n for n in NAMESPACES if process.link(f"ns/{n}") not in shared)
 
     def identity(key: str) -> str:
         """As root each device has a user of its own, otherwise all are the supervisor's."""
         mine = status(key)
         one = len(set(mine.split())) == 1
-        return _OWN if by_root and one and mine not in {p.status(key) for p in others} else mine
+        return _OWN if by_root and one and mine not in _of_all(others, lambda p: p.status(key)) else mine
 
     def id_map(kind: str) -> str:
         return " ".join(process.text(f"{kind}_map").split())
@@ -246,6 +246,12 @@ def _device(
     def policy() -> str:
         return _digest(installed_filters(process.pid))
 
+    def groups(p: _Process) -> str:
+        return p.status("Groups") or _NONE
+
+    def declared_groups() -> str:
+        return _NONE if by_root else groups(head)  # an ordinary user cannot drop any
+
     def declared_identity(key: str) -> str:
         return _OWN if by_root else head.status(key)
 
@@ -257,6 +263,7 @@ def _device(
         ("namespaces", "setgroups", "deny", lambda: process.text("setgroups").strip()),
         ("identity", "uids", _seen(lambda: declared_identity("Uid")) or "", lambda: identity("Uid")),
         ("identity", "gids", _seen(lambda: declared_identity("Gid")) or "", lambda: identity("Gid")),
+        ("identity", "groups", _seen(declared_groups) or "", lambda: groups(process)),
         ("descriptors", "descriptors", _declared(entry), lambda: _held(process, entry)),
         ("root", "root directory", "empty", lambda: ", ".join(process.list("root/")) or "empty"),
         ("root", "mounts", f"/ {','.join(_MOUNT_FLAGS)}", mounts),
@@ -273,20 +280,24 @@ def _device(
         ("memory", "guest memory", "mapped" if entry.guest_memory else _NONE, _guest_memory(process)),
         ("seccomp", "seccomp mode", "2", lambda: status("Seccomp")),
         ("seccomp", "seccomp filters", "2", lambda: status("Seccomp_filters")),
-        (
-            "seccomp",
-            "policy",
-            _digest(compile_notify(page, jail.SETUP_CALLS)),
-            lambda: _digest(installed_filters(process.pid)),
-        ),
+        ("seccomp", "policy", _digest(compile_notify(page, jail.SETUP_CALLS)), policy),
     ]
+
+
+def _of_all(processes: Sequence[_Process], look: Callable[[_Process], str]) -> set[str]:
+    """What `look` gives for those that are still there; raises PermissionError if it is hidden of one."""
+    values = set()
+    for process in processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            values.add(look(process))
+    return values
 
 
 def _is_root(process: _Process) -> bool:
     return _seen(lambda: process.status("Uid")) == "0 0 0 0"
 
 
-def _capabilities(process: _Process, sets: Sequence[str]) -> list[tuple[str, str, str, Look]]:
+def _capabilities(process: _Process, sets: Sequence[str]) -> list[Row]:
     return [
         ("capabilities", f"capabilities {s}", _NONE, lambda s=s: process.capabilities(s))  # type: ignore[misc]
         for s in sets
