@@ -63,14 +63,14 @@ COLUMNS: Final = (
     Column("all but seccomp", frozenset({"seccomp"})),
     Column(NONE, _NOT_HYGIENE),
 )
-# Without namespaces of its own a process has no other identity and no other root.
-_DEPENDENTS: Final = {"namespaces": {"identity", "root"}, "no-gain": set[str]()}
-SINGLE_LAYERS: Final = tuple(
-    Column(f"no {s.name}", frozenset({s.name, *_DEPENDENTS.get(s.name, ())}))
-    for s in jail.STEPS
-    if not s.always and s.name not in ("no-gain", "seccomp")
-)
-"""Each layer left out; seccomp is a column anyway, and cannot be had by a user without no_new_privs."""
+
+
+def single_layers() -> tuple[Column, ...]:
+    """Each layer left out; seccomp is a column anyway, and a user cannot have it without "no-gain"."""
+    # Nor, without namespaces, another identity, another root, or as an ordinary user a smaller bounding set.
+    dependents = {"namespaces": {"identity", "root"} | ({"capabilities"} if os.geteuid() else set())}
+    layers = [s.name for s in jail.STEPS if s.name in _NOT_HYGIENE - {"no-gain", "seccomp"}]
+    return tuple(Column(f"no {layer}", frozenset({layer, *dependents.get(layer, ())})) for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def run(victim: str = VICTIM, layers: bool = False) -> Matrix:
     Raises:
         VmsupError: a device process could not be started.
     """
-    columns = (*COLUMNS, *SINGLE_LAYERS) if layers else COLUMNS
+    columns = (*COLUMNS, *single_layers()) if layers else COLUMNS
     lines, failure = probe.bounded(lambda tell: _attack(victim, columns, tell), _SILENCE_S)
     if failure is not None:
         raise VmsupError(f"jail selftest: {failure}")
