@@ -46,7 +46,7 @@ def command(*args: str) -> list[str]:
 def start(*args: str, **how: object) -> subprocess.Popen[bytes]:
     """`vmsup run ARGS`, with nothing on its standard input unless `how` says otherwise."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    env = os.environ | {"VMSUP_DEBUG": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"VMSUP_DEBUG": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT)}
     words = command("run", "--device-timeout", DEVICE_TIMEOUT_S, *args)
     return subprocess.Popen(words, env=env, **(pipes | how))  # type: ignore[call-overload,no-any-return]
 
