@@ -355,10 +355,12 @@ static int serve_piece(struct core_vcpu *v, struct core_route *route, uint64_t a
     if (route->kind == ROUTE_PCI_CONFIG) {
         uint64_t offset = addr - route->start;
         if (!v->access.is_mmio && offset == 0 && size == 4) {
-            if (is_write)
+            if (is_write) {
                 atomic_store(&core->pci_address, (uint32_t)value & PCI_ADDRESS_BITS);
-            value = atomic_load(&core->pci_address);
-            memcpy(data, &value, size);
+            } else {
+                value = atomic_load(&core->pci_address);
+                memcpy(data, &value, size);
+            }
             return EXIT_NONE;
         }
         pci_resolve(core, v->access.is_mmio, is_write, offset, size, route);
