@@ -221,6 +221,10 @@ class Proxy:
         with contextlib.suppress(DeviceDied, wire.WireError):
             self._send(wire.Stop())
 
+    def give_up(self) -> None:
+        """No vCPU waits for it any more."""
+        self._core.mark_dead(self.index)
+
     def kill(self) -> None:
         if not self.reaped:
             with contextlib.suppress(ProcessLookupError):
@@ -229,7 +233,7 @@ class Proxy:
     def close(self) -> None:
         """Give back our descriptors."""
         self._tell_unsaid()
-        self._core.mark_dead(self.index)
+        self.give_up()
         self._access.close()
         self.control.close()
         for fd in (self.log, self.listener):

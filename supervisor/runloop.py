@@ -131,6 +131,9 @@ class RunLoop:
                 self._once()
         except DeviceDied as e:
             self.end(ending.device_died(e))
+            for proxy in self.proxies:
+                if proxy.name == e.name:
+                    proxy.give_up()
         finally:
             self._stop()
         assert self._ending is not None
