@@ -37,9 +37,11 @@ RLS, RDA, CTI, THRE, MSI = 1, 2, 4, 8, 16
 PRIORITY: Final = ((RLS, 0x06), (RDA, 0x04), (CTI, 0x0C), (THRE, 0x02), (MSI, 0x00))
 IIR_OF: Final = [next((iir for bit, iir in PRIORITY if causes & bit), IIR_NONE) for causes in range(32)]
 
-# What the far end makes of RTS.  Until the guest has written MCR it may be one that never will: its first
-# look at LSR then counts as RTS.
+# What the far end makes of RTS.  Until the guest has written MCR it may be one that never will, and polls:
+# so many looks at LSR with nothing to send count as RTS.  A guest that only prints, as Linux does before its
+# driver resets the FIFO, looks once or twice for each byte.
 UNTOUCHED, OFF, ON = 0, 1, 2
+POLLS: Final = 16
 
 BYTES: Final = [bytes([i]) for i in range(256)]
 
@@ -59,6 +61,7 @@ class SerialState:
     cti_in_ns: Annotated[int, Range(0, 1 << 40)] | None
     line: Annotated[int, Range(0, 31)]
     flow: Annotated[int, Range(UNTOUCHED, ON)]
+    looks: Annotated[int, Range(0, POLLS)]
 
     def __post_init__(self) -> None:
         fifo = self.fcr & FCR_ENABLE
@@ -130,6 +133,7 @@ class Serial(Model):
         self._line = 0  # the causes that INTR stands for, when OUT2 lets it through
         self._gate = False
         self._flow = UNTOUCHED
+        self._looks = 0
         self._counts = {"rx_bytes": 0, "tx_bytes": 0, "tx_lost": 0, "overruns": 0, "interrupts": 0}
 
     # -- registers
@@ -144,6 +148,7 @@ class Serial(Model):
         return byte
 
     def write_THR(self, data: int) -> None:
+        self._looks = 0
         self._thre = False
         self._line &= ~THRE  # INTR falls here, so that its next rise is an edge
         if self.stored["MCR"] & MCR_LOOP:
@@ -207,7 +212,9 @@ class Serial(Model):
             self._refresh()
             lsr |= LSR_OE
         if self._flow == UNTOUCHED:
-            self._flow = ON
+            self._looks = min(self._looks + 1, POLLS)
+            if self._looks == POLLS:
+                self._flow = ON
         return lsr
 
     def read_MSR(self) -> int:
@@ -330,6 +337,7 @@ class Serial(Model):
                 cti_in_ns=None if due is None else max(0, due - self._clock()),
                 line=self._line,
                 flow=self._flow,
+                looks=self._looks,
             )
         )
 
@@ -351,6 +359,7 @@ class Serial(Model):
         self._cti_due_ns = None if s.cti_in_ns is None else self._clock() + s.cti_in_ns
         self._line = s.line
         self._flow = s.flow
+        self._looks = s.looks
 
     def counters(self) -> dict[str, int]:
         return {**super().counters(), **self._counts}
