@@ -23,6 +23,7 @@ FUZZ_S ?= 600
 .PHONY: setup demo test fuzz clean packages kernels
 
 setup: $(BIN)/.ready kernels
+	@$(BIN)/python -m compileall -q kvmcore devproc policies supervisor integration  # where PYTHONDONTWRITEBYTECODE is set
 
 demo: setup
 	$(BIN)/python integration/demo.py
