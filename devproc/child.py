@@ -1,6 +1,6 @@
 """A device process: builds the model's ports, seals itself, and serves until a channel closes.
 
-Left out: the mailbox, which will carry the same messages for the hot spaces (DESIGN section 6).
+Left out: the mailbox, which will carry the same messages for the hot spaces (ARCHITECTURE.md).
 """
 
 from __future__ import annotations

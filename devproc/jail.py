@@ -1,4 +1,4 @@
-"""The jail of a device process: a list of steps that can be read before they run (DESIGN section 8).
+"""The jail of a device process: a list of steps that can be read before they run (ARCHITECTURE.md).
 
 Spec: user_namespaces(7), pid_namespaces(7), pivot_root(2), capabilities(7), prctl(2), getrlimit(2),
 landlock(7), seccomp(2), seccomp_unotify(2).  Two processes walk the list: the *launcher*, which the zygote
@@ -300,7 +300,7 @@ assert FD_FIRST == FD_LOG + 3
 
 
 def drop_privileges() -> None:
-    """The supervisor's own last step before the guest runs: no capability, and no way to gain one.
+    """The supervisor's own last step before the guest runs: no capability, no way to gain one, no core dump.
 
     For the calling thread and those it starts afterwards.  Raises OSError.
     """
@@ -309,6 +309,7 @@ def drop_privileges() -> None:
     else:  # the bounding set needs CAP_SETPCAP to change, and without new privileges bounds nothing
         syscalls.drop_capabilities()
     prctl.set_no_new_privs(1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would hold the guest's memory
 
 
 def forbid_gain() -> None:

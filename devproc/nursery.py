@@ -1,4 +1,4 @@
-"""The zygote's own process: it forks every device process from what they share (DESIGN sections 1 and 8).
+"""The zygote's own process: it forks every device process from what they share (ARCHITECTURE.md).
 
 Spec: user_namespaces(7) for the id maps, unix(7) for SCM_RIGHTS, PR_SET_CHILD_SUBREAPER in prctl(2).
 

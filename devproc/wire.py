@@ -1,4 +1,4 @@
-"""The wire between supervisor, zygote and device processes: msgpack arrays, no I/O (DESIGN section 5).
+"""The wire between supervisor, zygote and device processes: msgpack arrays, no I/O (ARCHITECTURE.md).
 
 Every frame is one msgpack array ``[tag, fields...]`` in one SOCK_SEQPACKET datagram.  No maps, no
 extension types, no object hooks.  `decode` checks tag, arity, type, range and size before it builds

@@ -1,4 +1,4 @@
-"""The zygote: forked before /dev/kvm is opened, it forks every device process (DESIGN sections 1 and 8).
+"""The zygote: forked before /dev/kvm is opened, it forks every device process (ARCHITECTURE.md).
 
 Here is the supervisor's side: the handle, and what a new device says until it is ready.  The process itself
 is `devproc/nursery.py`, which is imported after the fork.

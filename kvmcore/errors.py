@@ -1,4 +1,4 @@
-"""The errors a user may see: each is one line, and each knows its exit code (DESIGN section 10)."""
+"""The errors a user may see: each is one line, and each knows its exit code (ARCHITECTURE.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ EXIT_RESET = 32
 EXIT_CRASH = 33
 EXIT_PANIC = 34
 EXIT_USAGE = 35
-EXIT_WATCHDOG = 36
 
 
 class VmsupError(Exception):
@@ -33,10 +32,6 @@ class KvmError(VmsupError):
         super().__init__(f"{ioctl}: {os.strerror(err)} ({name})" + (f": {likely}" if likely else ""))
         self.ioctl = ioctl
         self.errno = err
-
-
-class GuestFault(VmsupError):
-    """The guest did something after which it cannot go on (triple fault, emulation failure)."""
 
 
 class MemoryFault(VmsupError):

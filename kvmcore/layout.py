@@ -1,4 +1,4 @@
-"""Where everything sits in guest-physical memory: the one place that knows (DESIGN section 3).
+"""Where everything sits in guest-physical memory: the one place that knows (ARCHITECTURE.md).
 
 Boot structures lie where Documentation/arch/x86/boot.rst leaves room for a loader.  Firmware tables lie in
 the BIOS area [0xe0000, 0x100000), which E820 does not list as RAM, so no guest takes it for its own use:

@@ -20,7 +20,8 @@ from supervisor import config
 
 _EPILOG = """\
 exit codes: 0 the guest powered off, or the user stopped it; 32 the guest reset; 33 a device or vmsup
-crashed; 34 the guest panicked; 35 bad arguments or files; 130, 143 ended by SIGINT, SIGTERM (128 + signal).
+crashed; 34 the guest panicked; 35 bad arguments or files; 129, 130,
+143 ended by SIGHUP, SIGINT, SIGTERM (128 + signal).
 
 console: Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends Ctrl-A; everything else goes to the guest.
 """
@@ -252,7 +253,7 @@ def _stderr_has_room() -> bool:
 
 def _write(line: str) -> None:
     try:
-        sys.stderr.write(line + ("\r\n" if sys.stderr.isatty() else "\n"))
+        sys.stderr.write(line + "\n")
         sys.stderr.flush()
     except (OSError, ValueError):
         sys.stderr = io.StringIO()  # what it still buffers must not fail the interpreter's exit

@@ -1,4 +1,4 @@
-"""The supervisor's own seccomp filters: one for its main thread, one for each vCPU's (DESIGN section 1).
+"""The supervisor's own seccomp filters: one for its main thread, one for each vCPU's (ARCHITECTURE.md).
 
 Spec: seccomp(2).  Each thread loads its own; a call that its policy does not allow kills the process.
 Threads are made before and never after, so no policy allows that.  Left out: the threads of
@@ -25,7 +25,7 @@ FDS: Final = {"FD_VM": 1000, "FD_VCPU": 1001}
 
 def constants(fds: Mapping[str, int] = FDS) -> dict[str, int]:
     """What the policies may name beyond `policies.constants`: `fds`, this process, and the ioctls of KVM."""
-    own = {"PID": os.getpid(), "SIG_KICK": signal.SIGRTMIN, "FD_STDERR": 2}
+    own = {"PID": os.getpid(), "SIG_KICK": signal.SIGRTMIN}
     return {**{i.name: i.value for i in Ioctl}, **own, **fds}
 
 

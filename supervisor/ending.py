@@ -1,4 +1,4 @@
-"""How a VM ended: the exit code and the one line that says why (DESIGN section 10)."""
+"""How a VM ended: the exit code and the one line that says why (ARCHITECTURE.md)."""
 
 from __future__ import annotations
 

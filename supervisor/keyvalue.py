@@ -1,4 +1,4 @@
-"""The `key=value,...` form of options that describe one thing (crosvm's words, DESIGN section 10).
+"""The `key=value,...` form of options that describe one thing (crosvm's words, README.md).
 
 The first key's name may be omitted, a bare boolean is true, a value with a comma may stand in double
 quotes, unknown keys are refused with the known ones listed.  The same `Key`s check the tables of

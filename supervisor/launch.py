@@ -1,4 +1,4 @@
-"""From a checked configuration to a running guest: the start of a VM, in order (DESIGN section 2).
+"""From a checked configuration to a running guest: the start of a VM, in order (ARCHITECTURE.md).
 
 Any failure names its step and leaves no process, file or socket behind.
 """

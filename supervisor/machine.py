@@ -1,4 +1,4 @@
-"""What sits where: the devices of the machine, their ports, interrupt lines and parameters (DESIGN 4).
+"""What sits where: the devices of the machine, their ports, interrupt lines and parameters (ARCHITECTURE.md).
 
 Data, and the functions of the configuration that choose it; nothing here does anything.
 """

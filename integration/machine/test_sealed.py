@@ -49,6 +49,9 @@ def test_the_supervisor_has_given_up_its_capabilities(machine: Start) -> None:
         seen = status(int(task.name))
         assert {int(seen[c], 16) for c in CAPABILITIES} == {0}, seen["Name"]
         assert seen["NoNewPrivs"] == "1"
+    limits = Path(f"/proc/{one.process.pid}/limits").read_text().splitlines()
+    (core,) = (line.split()[4:6] for line in limits if line.startswith("Max core file size"))
+    assert core == ["0", "0"]  # a core would hold the guest's memory
 
 
 def test_vcpus_run_where_they_are_told(machine: Start) -> None:
