@@ -26,7 +26,6 @@ from integration.testbed.qemu import die_with
 
 REPORT_FD = 3
 TESTBED_TIMEOUT_S = 2400
-AT_ONCE = 2  # guests; the testbed has as many CPUs
 _REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest
 if _REPORTING:
     os.set_inheritable(REPORT_FD, False)
@@ -48,7 +47,7 @@ class Testbed:
         self._reports: dict[str, list[pytest.TestReport]] = {}
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         run = Path(__file__).parent / "testbed/run"
-        far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", str(AT_ONCE), *nodeids]
+        far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *nodeids]
         shell = ["sh", "-c", f'exec {REPORT_FD}>&1 >&2 "$@"', "sh", *far]
         self._process = subprocess.Popen(
             [run, "--timeout", str(TESTBED_TIMEOUT_S), "--", *shell],
@@ -163,7 +162,6 @@ class Reporter:
         self._config = config
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        vars(report).pop("node", None)  # xdist's, of no use elsewhere
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
         line = json.dumps(data).encode() + b"\n"
         while line:
