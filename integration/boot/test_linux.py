@@ -24,13 +24,15 @@ KERNELS = {
 }
 FACTS = r"""
 echo "epoch: $(date +%s)"
+echo "epoch: $(date +%s)"
 echo "memory-kib: $(awk '/MemTotal/ {print $2}' /proc/meminfo)"
 for n in 0 1 2 3; do echo "ttyS$n: $(cat /sys/class/tty/ttyS$n/type)"; done
 echo "topology: $(lscpu | grep -E '^(Thread|Core|Socket)' | sed 's/.*: *//' | tr '\n' ' ')"
 echo "lspci: $(lspci -n)"
+echo "epoch: $(date +%s)"
 dmesg | grep -E 'BUG|Oops|WARNING:|nobody cared|soft lockup' | sed 's/^/trouble: /'
 """
-# Every pair of values meets (an orthogonal array); with VMSUP_FULL_MATRIX every triple does, in twice the time.
+# Every pair of values meets (an orthogonal array); with VMSUP_FULL_MATRIX set, every triple.
 MACHINES = [(1, 256, "kernel"), (2, 256, "split"), (1, 5120, "split"), (2, 5120, "kernel")]
 if os.environ.get("VMSUP_FULL_MATRIX"):
     MACHINES = list(itertools.product((1, 2), (256, 5120), ("kernel", "split")))
@@ -71,12 +73,14 @@ def test_a_stock_kernel_boots(
     end, code = (images.POWEROFF, 0) if kind != "generic-noacpi" else (images.REBOOT, 32)
     end = end.replace(images.REPORT, images.REPORT + FACTS)
     vmsup = boot(initrd, kind, end, "-c", str(cpus), "-m", str(mem), "--irqchip", irqchip)
-    at, epoch = vmsup.find("epoch:")
+    vmsup.find("epoch:")
     booted()
     assert vmsup.code == code, vmsup.errors
     assert vmsup["cpus:"] == str(cpus)
     assert 0.75 * mem * 1024 < int(vmsup["memory-kib:"]) < mem * 1024
-    assert abs(int(epoch) - at) <= 2
+    # A line may wait for a CPU before we see it: the one that waited least tells the clock's error.
+    lags_s = [at - int(text.split()[1]) for at, text in vmsup.lines if text.startswith("epoch:")]
+    assert -2 <= min(lags_s) <= 2
     assert [vmsup[f"ttyS{n}:"] for n in range(4)] == [PORT_16550A] * 4
     assert vmsup["topology:"].split() == ["1", str(cpus), "1"]
     assert vmsup["lspci:"].startswith("00:00.0 0600: 8086:1237")
