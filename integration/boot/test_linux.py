@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +124,24 @@ def test_each_end_has_its_exit_code(
     booted()
     assert vmsup.code == code, vmsup.errors
     assert vmsup.errors == "" if line is None else line in vmsup.errors
+
+
+def test_an_ordinary_user_has_the_same_machine(initrd: Initrd, booted: Callable[[], None]) -> None:
+    user = ("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups")
+    check = 'test -w /dev/kvm && exec "$0" -c "import prctl, msgpack, kvmcore._core"'
+    words = [*user, "sh", "-c", check, sys.executable]
+    if subprocess.run(words, cwd=vm.ROOT, capture_output=True, check=False).returncode:
+        pytest.skip("uid 1000 may not use /dev/kvm, or this interpreter and its packages")
+    package, image, _ = KERNELS["cloud"]
+    with tempfile.TemporaryDirectory() as readable:
+        os.chmod(readable, 0o755)
+        kernel = shutil.copy(getattr(images.kernel(package), image), f"{readable}/kernel")
+        disk = shutil.copy(initrd(package, images.POWEROFF), f"{readable}/initrd")
+        quick = [w for p in QUICK for w in ("-p", p)]
+        vmsup = vm.run("--jail", "-c", "2", "-i", disk, *quick, kernel, user=user)
+    vmsup.find(images.UP)
+    booted()
+    assert (vmsup.code, vmsup.errors) == (0, "")
 
 
 def test_the_command_line_may_stay_as_it_is(initrd: Initrd, booted: Callable[[], None]) -> None:

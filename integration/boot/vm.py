@@ -43,17 +43,20 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "supervisor.cli", *args]
 
 
-def start(*args: str, **how: object) -> subprocess.Popen[bytes]:
-    """`vmsup run ARGS`, with nothing on its standard input unless `how` says otherwise."""
+def start(*args: str, user: tuple[str, ...] = (), **how: object) -> subprocess.Popen[bytes]:
+    """`vmsup run ARGS`, with nothing on its standard input unless `how` says otherwise.
+
+    `user` is a command line that runs another as somebody else.
+    """
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     env = os.environ | {"VMSUP_DEBUG": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT)}
-    words = command("run", "--device-timeout", DEVICE_TIMEOUT_S, *args)
+    words = [*user, *command("run", "--device-timeout", DEVICE_TIMEOUT_S, *args)]
     return subprocess.Popen(words, env=env, **(pipes | how))  # type: ignore[call-overload,no-any-return]
 
 
-def run(*args: str, timeout_s: float = 240) -> Result:
+def run(*args: str, timeout_s: float = 240, user: tuple[str, ...] = ()) -> Result:
     """`vmsup run ARGS` to its end."""
-    with start(*args) as process:
+    with start(*args, user=user) as process:
         assert process.stdout is not None and process.stderr is not None
         killer = threading.Timer(timeout_s, process.kill)
         killer.start()
