@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from multiprocessing import Pipe
@@ -12,20 +11,9 @@ from typing import Any
 
 import pytest
 
+from integration.ordinary import as_user
+
 HERE = Path(__file__).resolve().parent
-ORDINARY = 1000
-
-
-def as_user() -> list[str]:
-    """The words in front of a command that is to run as an ordinary user; skips if nobody can."""
-    if os.geteuid() != 0:
-        return []
-    if shutil.which("setpriv") is None:
-        pytest.skip("setpriv (util-linux) is needed to become an ordinary user")
-    words = ["setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups"]
-    if subprocess.run([*words, sys.executable, "-c", ""], capture_output=True, check=False).returncode:
-        pytest.skip(f"an ordinary user may not run {os.path.realpath(sys.executable)}")
-    return words
 
 
 class Remote:

@@ -9,10 +9,11 @@ import sys
 from typing import Any
 
 import pytest
-from remote import HERE, as_user
+from remote import HERE
 
 from devproc.escapes import ATTEMPTS
 from devproc.jail import Mode, plan
+from integration.ordinary import as_user
 from supervisor import cli
 from supervisor import selftest as selftest_module
 

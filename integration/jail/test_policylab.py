@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from devproc import jail, nursery, zygote
 from devproc.catalog import CATALOG, Entry
+from integration.ordinary import as_user
 from policies.compile import compile_notify
 from policies.learn import learn
 from policies.parse import load, parse
@@ -21,7 +21,6 @@ from supervisor.reaper import DeviceDied
 from supervisor.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
-ORDINARY = 1000
 
 
 @pytest.fixture
@@ -81,10 +80,8 @@ def test_verify_finds_this_kernel_and_this_device_as_the_policy_says(who: str) -
     command = [sys.executable, "-m", "supervisor.cli", "policy", "verify", "pvpanic"]
     if who == "root" and os.geteuid() != 0:
         pytest.skip("needs root")
-    if who == "user" and os.geteuid() == 0:
-        if shutil.which("setpriv") is None:
-            pytest.skip("setpriv (util-linux) is needed to become an ordinary user")
-        command = ["setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups", *command]
+    if who == "user":
+        command = [*as_user(), *command]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "each as the policy says" in done.stdout

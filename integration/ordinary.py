@@ -1,0 +1,35 @@
+"""Running a command of this checkout as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+_UID = 1000
+_NEEDED = "import msgpack, prctl, kvmcore._core, devproc.child, supervisor.cli"
+
+
+def as_user() -> list[str]:
+    """The words in front of a command that is to run as an ordinary user, none if we are one; or skips.
+
+    A checkout or an interpreter in somebody's private home directory is nothing an ordinary user can run.
+    """
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv (util-linux) is needed to become an ordinary user")
+    words = ["setpriv", f"--reuid={_UID}", f"--regid={_UID}", "--clear-groups"]
+    try_it = [*words, sys.executable, "-c", _NEEDED]
+    done = subprocess.run(
+        try_it, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False
+    )
+    if done.returncode:
+        why = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        pytest.skip(f"uid {_UID} cannot run vmsup from {ROOT} with {sys.executable}: {''.join(why)}")
+    return words
