@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 _UID = 1000
-_NEEDED = "import msgpack, prctl, kvmcore._core, devproc.child, supervisor.cli"
+_NEEDED = f"import msgpack, prctl, kvmcore._core, devproc.child, supervisor.cli; open({__file__!r})"
 
 
 def as_user() -> list[str]:
