@@ -25,7 +25,7 @@ from integration.testbed import debian
 from integration.testbed.qemu import die_with
 
 REPORT_FD = 3
-TESTBED_TIMEOUT_S = 2400
+TESTBED_TIMEOUT_S = 3600
 _REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest
 if _REPORTING:
     os.set_inheritable(REPORT_FD, False)
