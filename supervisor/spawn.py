@@ -66,6 +66,9 @@ class Spawner:
                 params=instance.params,
             )
         except SpawnError as e:
+            access.close()
+            control.close()
+            os.close(log)
             raise VmsupError(str(e)) from None
         finally:
             os.close(its_log)
@@ -82,7 +85,9 @@ class Spawner:
     def _descriptor(self, instance: Instance, name: str) -> int:
         match name:
             case "irq":
-                return self.irqs.setdefault(instance.name, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                if instance.name not in self.irqs:
+                    self.irqs[instance.name] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                return self.irqs[instance.name]
             case "input" | "output":
                 assert instance.serial_num is not None
                 console = self.consoles[instance.serial_num]
