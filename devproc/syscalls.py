@@ -36,6 +36,10 @@ PR_MDWE_REFUSE_EXEC_GAIN: Final = 1
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+
 SECCOMP_SET_MODE_FILTER: Final = 1
 SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 
@@ -46,6 +50,7 @@ _NR: Final = {
     "mount": 165,
     "umount2": 166,
     "unshare": 272,
+    "fallocate": 285,
     "seccomp": 317,
     "close_range": 436,
     "landlock_create_ruleset": 444,
@@ -116,6 +121,11 @@ def drop_capabilities() -> None:
 def close_range(first: int, last: int) -> None:
     """Close every descriptor in [first, last]."""
     _call("close_range", first, last, 0)
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """Give back, zero or reserve [offset, offset + size) of a file, by the FALLOC_FL_* of `mode`."""
+    _call("fallocate", fd, mode, offset, size)
 
 
 def seccomp_load(program: bytes, flags: int = 0, mark: int = 0) -> int:
