@@ -7,6 +7,7 @@ entry's own descriptors follow from 5 in the order written here; policies name t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -20,14 +21,17 @@ FD_FIRST: Final = 5
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A named descriptor and the backend that wraps it.
+    """A named descriptor, or array of them, and the backend that wraps it.
 
-    `kind`: "signal" an eventfd written by the device; "input" a byte source; "output" a byte sink.
+    `kind`: "signal" an eventfd written by the device; "kick" an eventfd read by it; "input" a byte source;
+    "output" a byte sink; "memory" the memfd of guest memory.  `count` makes it an array: the model gets a
+    tuple of ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST instead of FD_<NAME>.
     """
 
     name: str
-    kind: Literal["signal", "input", "output"]
+    kind: Literal["signal", "kick", "input", "output", "memory"]
     meaning: str
+    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,24 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Virtio:
+    """What the supervisor's shadow of a virtio function must know without importing its code.
+
+    `device_id` as in Virtio 1.2, section 5 (4 is entropy; the PCI device id is 0x1040 more); `class_code`
+    24 bits; `queue_sizes` the largest size of each queue, a power of 2.
+    """
+
+    device_id: int
+    class_code: int
+    queue_sizes: tuple[int, ...]
+
+    @property
+    def vectors(self) -> int:
+        """MSI-X vectors: one for each queue and one for changes of the configuration."""
+        return len(self.queue_sizes) + 1
+
+
+@dataclass(frozen=True)
 class Entry:
     name: str
     summary: str
@@ -58,16 +80,39 @@ class Entry:
     regions: tuple[Region, ...]
     descriptors: tuple[Descriptor, ...] = ()
     params: tuple[Param, ...] = ()
-    clocks: tuple[Literal["clock", "wall"], ...] = ()
-    guest_memory: bool = False
+    sources: tuple[Literal["clock", "wall", "entropy"], ...] = ()  # of the host, without a descriptor
+    virtio: Virtio | None = None
     data_mib: int = 64  # RLIMIT_DATA
     fsize: int = 0  # RLIMIT_FSIZE in bytes: a console file is written through, so its kind says otherwise
     without: frozenset[str] = frozenset()  # layers of the jail left out: only what tests the others does that
 
+    @property
+    def guest_memory(self) -> bool:
+        """Whether the process is given guest memory."""
+        return any(d.kind == "memory" for d in self.descriptors)
+
+    def own_slots(self, first: int = FD_FIRST) -> Iterator[tuple[Descriptor, range]]:
+        """Each of the entry's descriptors with its numbers, of which an array has several."""
+        for d in self.descriptors:
+            numbers = range(first, first + (1 if d.count is None else d.count))
+            yield d, numbers
+            first = numbers.stop
+
+    @property
+    def held(self) -> int:
+        """How many descriptors the process holds: numbers 0 to held - 1."""
+        return FD_FIRST + sum(len(numbers) for _, numbers in self.own_slots())
+
     def slots(self) -> dict[str, int]:
-        """Policy constant -> descriptor number, for every descriptor the process holds."""
-        own = {f"FD_{d.name.upper()}": FD_FIRST + i for i, d in enumerate(self.descriptors)}
-        return {"FD_LOG": FD_LOG, "FD_ACCESS": FD_ACCESS, "FD_CONTROL": FD_CONTROL, **own}
+        """Policy constant -> descriptor number; of an array the first and the last."""
+        slots = {"FD_LOG": FD_LOG, "FD_ACCESS": FD_ACCESS, "FD_CONTROL": FD_CONTROL}
+        for d, numbers in self.own_slots():
+            name = f"FD_{d.name.upper()}"
+            if d.count is None:
+                slots[name] = numbers[0]
+            else:
+                slots |= {f"{name}_FIRST": numbers[0], f"{name}_LAST": numbers[-1]}
+        return slots
 
     def check_params(self, values: tuple[Scalar, ...]) -> dict[str, int]:
         """Parameters by name.
@@ -86,6 +131,23 @@ class Entry:
 
 
 _IRQ = Descriptor("irq", "signal", "its interrupt: an eventfd that KVM turns into an edge")
+MEMORY_PARAMS: Final = (
+    Param("mem_below_4g", 0, 1 << 32, "bytes of RAM below 4 GiB"),
+    Param("mem_above_4g", 0, 1 << 52, "bytes of RAM from 4 GiB on"),
+)
+"""First of the parameters of every entry that has guest memory."""
+
+
+def virtio_descriptors(virtio: Virtio) -> tuple[Descriptor, ...]:
+    """The descriptors every virtio function has, in order; its own follow."""
+    return (
+        Descriptor("memory", "memory", "guest memory"),
+        Descriptor("irq", "signal", "MSI-X vectors: the configuration's, each queue's", virtio.vectors),
+        Descriptor("intx", "signal", "raises INTA"),
+        Descriptor("resample", "kick", "the guest has acknowledged INTA: raise it again while ISR is not 0"),
+        Descriptor("kick", "kick", "the driver's notifications, one for each queue", len(virtio.queue_sizes)),
+    )
+
 
 CATALOG: Final[dict[str, Entry]] = {
     e.name: e
@@ -98,18 +160,15 @@ CATALOG: Final[dict[str, Entry]] = {
                 Descriptor("input", "input", "what the guest receives"),
                 Descriptor("output", "output", "what the guest transmits"),
             ),
-            clocks=("clock",),
+            sources=("clock",),
             fsize=1 << 62,
         ),
         Entry(
             "rtc", "MC146818 real-time clock and CMOS memory", "devproc.devices.rtc", "Rtc",
             regions=(Region(Space.PORT, 2, "index, data"),),
             descriptors=(_IRQ,),
-            params=(
-                Param("mem_below_4g", 0, 1 << 32, "bytes of RAM below 4 GiB"),
-                Param("mem_above_4g", 0, 1 << 52, "bytes of RAM from 4 GiB on"),
-            ),
-            clocks=("clock", "wall"),
+            params=MEMORY_PARAMS,
+            sources=("clock", "wall"),
         ),
         Entry(
             "i8042", "keyboard controller, for the reset line", "devproc.devices.i8042", "I8042",
@@ -120,7 +179,7 @@ CATALOG: Final[dict[str, Entry]] = {
             "pit", "8254 interval timer and port 0x61", "devproc.devices.pit", "Pit",
             regions=(Region(Space.PORT, 4, "counters 0-2, control word"), Region(Space.PORT2, 1, "port B")),
             descriptors=(_IRQ,),
-            clocks=("clock",),
+            sources=("clock",),
         ),
         Entry(
             "pci-host", "PCI host bridge, function 0:0.0", "devproc.devices.pci_host", "PciHost",
@@ -134,7 +193,7 @@ CATALOG: Final[dict[str, Entry]] = {
                 _IRQ,
                 Descriptor("poweroff", "signal", "asks the supervisor to power the machine off (S5)"),
             ),
-            clocks=("clock",),
+            sources=("clock",),
         ),
         Entry(
             "pvpanic", "the guest's word that it has panicked", "devproc.devices.pvpanic", "PvPanic",

@@ -13,17 +13,20 @@ import select
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from devproc import jail, regs, state
+from devproc.backends import memory
+from devproc.backends.entropy import entropy
 from devproc.backends.input import Input
-from devproc.backends.output import WRITE_MAX, Output
+from devproc.backends.kick import Kick
+from devproc.backends.output import Output
 from devproc.backends.signal import Signal
-from devproc.catalog import FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, Entry
+from devproc.catalog import FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, MEMORY_PARAMS, Entry
 from devproc.channel import Channel, ChannelClosed
-from devproc.ports import Device
+from devproc.ports import Device, HostError, Watched
 from devproc.wire import (
     ACCESS_FRAME_MAX,
     CONTROL_TABLE,
@@ -56,10 +59,13 @@ from devproc.wire import (
 _BURST: Final = 64  # posted writes taken in a row before the other descriptors get their turn
 _LINGER_S: Final = 1.0  # how long Stop waits for the host to take what the guest has sent
 _LOG_MAX: Final = 4096  # a pipe takes this in one piece
-
-
-class OutputFailed(Exception):
-    """The host no longer takes the device's output."""
+_BACKENDS: Final[dict[str, Callable[[int], Any]]] = {
+    "signal": Signal,
+    "kick": Kick,
+    "input": Input,
+    "output": Output,
+}
+_SOURCES: Final = {"clock": time.monotonic_ns, "wall": time.time_ns, "entropy": entropy}
 
 
 def load(entry: Entry) -> type[Any]:
@@ -118,8 +124,8 @@ def main(ctx: jail.Context, model: type[Any], name: str, params: dict[str, int])
         status = 0
     except jail.JailError as e:
         _fail(control, str(e))
-    except OutputFailed as e:
-        _fail(control, f"cannot write output: {e}")
+    except HostError as e:
+        _fail(control, str(e))
     except PeerError as e:
         _fail(control, f"the supervisor broke the protocol: {e}")
     except BaseException as e:
@@ -163,19 +169,17 @@ class Server:
     ) -> None:
         self._access = access
         self._control = control
-        self._input: Input | None = None
-        self._output: Output | None = None
         self._sizes = {int(r.space): r.size for r in entry.regions}
+        self._watched: list[Watched] = []
         ports: dict[str, Any] = dict(params)
-        for fd, d in enumerate(entry.descriptors, first):
-            if d.kind == "signal":
-                ports[d.name] = Signal(fd)
-            elif d.kind == "input":
-                ports[d.name] = self._input = Input(fd)
-            else:
-                ports[d.name] = self._output = Output(fd)
-        clocks = {"clock": time.monotonic_ns, "wall": time.time_ns}
-        self.device: Device = model(**ports, **{c: clocks[c] for c in entry.clocks})
+        for d, fds in entry.own_slots(first):
+            if d.kind == "memory":
+                ports[d.name] = memory.attach(fds[0], *(ports.pop(p.name) for p in MEMORY_PARAMS))
+                continue
+            backends = tuple(map(_BACKENDS[d.kind], fds))
+            self._watched += [b for b in backends if isinstance(b, Watched)]
+            ports[d.name] = backends[0] if d.count is None else backends
+        self.device: Device = model(**ports, **{s: _SOURCES[s] for s in entry.sources})
 
     def serve(self) -> None:
         """Serve until `Stop`.
@@ -183,10 +187,10 @@ class Server:
         Raises:
             ChannelClosed: the supervisor closed a channel, or died.
             PeerError: it sent what the protocol does not allow.
-            OutputFailed: the host no longer takes output.
+            HostError: the host's end of a port is gone.
             Exception: whatever a model raises is our bug.
         """
-        device, output = self.device, self._output
+        device, watched = self.device, self._watched
         access, control = self._access.fileno(), self._control.fileno()
         while True:
             due = device.deadline_ns
@@ -197,21 +201,17 @@ class Server:
                     device.on_deadline(now)
                     due = device.deadline_ns
                 timeout = None if due is None else max(0, due - now) / 1e9
-            readers = [access, control]
-            source = self._input
-            if source is not None and not source.closed and device.wants_input:
-                readers.append(source.fd)
-            writers = [output.fd] if output is not None and output.pending else []
+            readers = [access, control, *[w.fd for w in watched if w.wants_read]]
+            writers = [w.fd for w in watched if w.wants_write]
 
             readable, writable, _ = select.select(readers, writers, [], timeout)
             if access in readable:
                 self._serve_accesses()
-            if writable and output is not None and (access not in readable or output.pending >= WRITE_MAX):
-                # While accesses keep coming a console's bytes are gathered: a write costs as much as one.
-                self._flush(output)
-            if source is not None and source.fd in readable:
-                source.ready = True
-                device.on_input()
+            for w in watched:
+                if w.fd in writable:
+                    w.on_writable(access not in readable)
+                if w.fd in readable:
+                    w.on_readable()
             if control in readable:
                 message = self._control.recv()
                 if isinstance(message, Stop):
@@ -241,21 +241,14 @@ class Server:
                 send(DONE_FRAME)
                 return
 
-    def _flush(self, output: Output) -> None:
-        full = not output.room
-        try:
-            output.flush()
-        except OSError as e:
-            raise OutputFailed(e.strerror) from e
-        if full and output.room:
-            self.device.on_output()
-
     def _drain(self) -> None:
-        output = self._output
         until = time.monotonic() + _LINGER_S
-        while output is not None and output.pending and (left := until - time.monotonic()) > 0:
-            if select.select([], [output.fd], [], left)[1]:
-                self._flush(output)
+        while (left := until - time.monotonic()) > 0:
+            pending = {w.fd: w for w in self._watched if w.wants_write}
+            if not pending:
+                return
+            for fd in select.select([], pending, [], left)[1]:
+                pending[fd].on_writable(True)
 
     def _answer(self, message: Message) -> Message:
         match message:

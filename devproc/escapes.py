@@ -518,7 +518,6 @@ class Attacker:
 
     TABLES: ClassVar[tuple[object, ...]] = ()
     deadline_ns = None
-    wants_input = False
 
     def __init__(self, *, supervisor: int, memory_at: int, memory_fd: int, **ports: object) -> None:
         # Made before the jail, in which nothing executable can be.
@@ -569,6 +568,6 @@ def attacker(name: str, victim: str, without: frozenset[str] = frozenset()) -> E
             Param("memory_at", 0, U64_MAX, "the address of its guest memory"),
             Param("memory_fd", 0, (1 << 31) - 1, "the descriptor of its guest memory"),
         ),
-        clocks=(),
+        sources=(),
         without=without,
     )

@@ -99,11 +99,6 @@ class Context:
     namespaced: bool = False
     notes: list[tuple[int, str]] = field(default_factory=list)
 
-    @property
-    def held(self) -> int:
-        """Descriptors held once sealed: slots 0 to held - 1."""
-        return FD_LOG + len(self.entry.slots())
-
 
 @dataclass(frozen=True)
 class Step:
@@ -252,8 +247,12 @@ def _seccomp(ctx: Context) -> None:
     listener = syscalls.seccomp_load(first, syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER)
     ctx.control.send(Listener(), [listener])
     os.close(listener)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (ctx.held, ctx.held))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (ctx.entry.held, ctx.entry.held))
     syscalls.seccomp_load(second)
+
+
+def _numbers(fds: range) -> str:
+    return f"{fds[0]}" if len(fds) == 1 else f"{fds[0]}-{fds[-1]}"
 
 
 STEPS: Final = (
@@ -265,9 +264,9 @@ STEPS: Final = (
     Step("identity", "launcher", lambda e: f"uid and gid {INSIDE_ID}, the only ones there are", _identity),
     Step(
         "descriptors", "device",
-        lambda e: "0 and 1 /dev/null (the zygote's), "
-        + ", ".join(f"{fd} {name.removeprefix('FD_').lower()}" for name, fd in e.slots().items())
-        + "; all others closed",
+        lambda e: "0 and 1 /dev/null (the zygote's), 2 log, 3 access, 4 control, "
+        + "".join(f"{_numbers(fds)} {d.name}, " for d, fds in e.own_slots())
+        + "all others closed",
         _descriptors,
         always=True,
     ),
@@ -275,7 +274,7 @@ STEPS: Final = (
     Step(
         "limits", "device",
         lambda e: f"data {e.data_mib} MiB, file size {e.fsize}, no core, no locked memory, no children, "
-        f"{FD_LOG + len(e.slots())} descriptors",
+        f"{e.held} descriptors",
         _limits,
     ),
     Step(

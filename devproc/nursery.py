@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from devproc import child, jail, syscalls
-from devproc.catalog import CATALOG, Entry
+from devproc.catalog import CATALOG, FD_LOG, Entry
 from devproc.channel import FDS_MAX, Channel, ChannelClosed
 from devproc.wire import SPAWN_TABLE, Failed, Sender, Spawn, Spawned
 from devproc.zygote import Filters, SpawnError
@@ -113,8 +113,9 @@ def _spawn(
             cache[entry.name] = filters(entry)
     except Exception as e:  # a policy is text a user may edit: whatever is wrong with it is the answer
         raise SpawnError(f"{type(e).__name__}: {e}") from e
-    if len(fds) != len(entry.slots()):
-        raise SpawnError(f"{len(fds)} descriptors, expected {len(entry.slots())}")
+    expected = entry.held - FD_LOG
+    if len(fds) != expected:
+        raise SpawnError(f"{len(fds)} descriptors, expected {expected}")
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     launcher = os.fork()

@@ -16,6 +16,13 @@ Signal = Callable[[], None]
 Clock = Callable[[], int]
 """Nanoseconds; monotonic for intervals, since the epoch for the wall clock."""
 
+Entropy = Callable[[int], bytes]
+"""Up to that many random bytes; fewer, or none, when the host has no more now."""
+
+
+class HostError(Exception):
+    """The host's end of a port is gone, and the device cannot go on without; one line."""
+
 
 class Output(Protocol):
     """A byte sink on the host that may be slow."""
@@ -27,6 +34,9 @@ class Output(Protocol):
     def write(self, data: bytes) -> int:
         """Queue up to `room` bytes of `data` for the host, never blocking; returns how many were taken."""
 
+    def listen(self, on_room: Callable[[], None]) -> None:
+        """Have `on_room` called when there is room again after there was none."""
+
 
 class Input(Protocol):
     """A byte source on the host."""
@@ -34,13 +44,53 @@ class Input(Protocol):
     def read(self, limit: int) -> bytes:
         """Up to `limit` bytes, never blocking; b"" when there are none now."""
 
+    def listen(self, wanted: Callable[[], bool], on_input: Callable[[], None]) -> None:
+        """Have `on_input` called when there may be bytes; `wanted` is asked before each wait."""
+
+
+class Kick(Protocol):
+    """Edges from KVM or the supervisor."""
+
+    def listen(self, on_kick: Callable[[], None]) -> None:
+        """Have `on_kick` called after an edge; several before the loop looks are one."""
+
+
+class Watched:
+    """The loop's side of a port that has something to wait for: the base of every backend but a signal.
+
+    The model's side is the kind's own protocol, such as `Input`.  None of these may block; the two that act
+    may raise HostError.
+
+    Args:
+        fd: what select is to watch.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @property
+    def wants_read(self) -> bool:
+        """Whether to wait until `fd` is readable; asked before each wait."""
+        return False
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether to wait until `fd` is writable; asked before each wait.  Stop gives it a while."""
+        return False
+
+    def on_readable(self) -> None:
+        """`fd` is readable."""
+
+    def on_writable(self, idle: bool) -> None:
+        """`fd` is writable; unless `idle`, accesses keep coming and what is small may wait."""
+
 
 class Device(Protocol):
     """A device model as `devproc/child.py` drives it.  None of these may raise on guest input.
 
-    The constructor takes the catalogue entry's descriptors and parameters by name, plus `clock` and
-    `wall` (both `Clock`), all keyword-only; a model declares only the ones it uses, and the child passes
-    `clock`/`wall` only to models whose catalogue entry asks for them.
+    The constructor takes the catalogue entry's descriptors (as ports), parameters and sources by name, all
+    keyword-only; an array of descriptors is a tuple of ports.  `mem_below_4g` and `mem_above_4g` go into
+    `memory` where there is one.  What the host does reaches the model by what it has told its ports.
     """
 
     def read(self, space: int, offset: int, size: int) -> int:
@@ -55,16 +105,6 @@ class Device(Protocol):
 
     def on_deadline(self, now_ns: int) -> None:
         """The deadline has passed; must move `deadline_ns` forward or clear it."""
-
-    @property
-    def wants_input(self) -> bool:
-        """Whether the child should watch the input descriptor now."""
-
-    def on_input(self) -> None:
-        """The input descriptor is readable; take what fits."""
-
-    def on_output(self) -> None:
-        """The output has room again."""
 
     def save(self) -> bytes:
         """The whole state, packed (msgpack through `devproc.state`), at most wire.STATE_MAX bytes."""

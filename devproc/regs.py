@@ -156,16 +156,6 @@ class Model:
     def on_deadline(self, now_ns: int) -> None:
         pass
 
-    @property
-    def wants_input(self) -> bool:
-        return False
-
-    def on_input(self) -> None:
-        pass
-
-    def on_output(self) -> None:
-        pass
-
     def counters(self) -> dict[str, int]:
         return {"unclaimed_reads": self._unclaimed_reads, "unclaimed_writes": self._unclaimed_writes}
 

@@ -4,32 +4,48 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+
+from devproc.ports import HostError, Watched
 
 
-class Input:
-    """`fd` is watched by the child's loop until `closed`; `ready`, set by select, lets one read through."""
+class Input(Watched):
+    """The port `ports.Input` on `fd`; at its end it is never watched again."""
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.ready = False
-        self.closed = False
+        super().__init__(fd)
+        self._wanted: Callable[[], bool] = lambda: False
+        self._on_input: Callable[[], None] = lambda: None
+        self._ready = False  # lets one read through
+        self._closed = False
+
+    def listen(self, wanted: Callable[[], bool], on_input: Callable[[], None]) -> None:
+        self._wanted, self._on_input = wanted, on_input
+
+    @property
+    def wants_read(self) -> bool:
+        return not self._closed and self._wanted()
+
+    def on_readable(self) -> None:
+        self._ready = True
+        self._on_input()
 
     def read(self, limit: int) -> bytes:
         """Up to `limit` bytes; b"" when there are none now, or never again.
 
         Raises:
-            OSError: the source failed other than by ending.
+            HostError: the source failed other than by ending.
         """
-        if not self.ready or limit <= 0:
+        if not self._ready or limit <= 0:
             return b""
-        self.ready = False
+        self._ready = False
         try:
             data = os.read(self.fd, limit)
         except BlockingIOError:
             return b""
         except OSError as e:
             if e.errno != errno.EIO:  # a terminal that was hung up ends like this
-                raise
+                raise HostError(f"cannot read input: {e.strerror}") from e
             data = b""
-        self.closed = not data
+        self._closed = not data
         return data

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Final
+
+from devproc.ports import HostError, Watched
 
 BUFFER_MAX: Final = 65536
 # POSIX.1-2017, PIPE_BUF: a pipe reported writable takes this much at once without blocking, and we may not
@@ -11,12 +14,20 @@ BUFFER_MAX: Final = 65536
 WRITE_MAX: Final = 4096
 
 
-class Output:
-    """`write` queues, `flush` is called by the child's loop when select says `fd` is writable."""
+class Output(Watched):
+    """The port `ports.Output` on `fd`: `write` queues, and the loop lets it out when `fd` is writable."""
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        super().__init__(fd)
         self._buffer = bytearray()
+        self._on_room: Callable[[], None] = lambda: None
+
+    def listen(self, on_room: Callable[[], None]) -> None:
+        self._on_room = on_room
+
+    @property
+    def wants_write(self) -> bool:
+        return bool(self._buffer)
 
     @property
     def room(self) -> int:
@@ -34,15 +45,25 @@ class Output:
         self._buffer += data if taken == len(data) else data[:taken]
         return taken
 
+    def on_writable(self, idle: bool) -> None:
+        # While accesses keep coming a console's bytes are gathered: a write costs as much as one.
+        if idle or self.pending >= WRITE_MAX:
+            full = not self.room
+            self.flush()
+            if full and self.room:
+                self._on_room()
+
     def flush(self) -> None:
         """Write up to WRITE_MAX of the pending bytes.
 
         Raises:
-            OSError: the host no longer takes output (EPIPE, ENOSPC, EIO...).
+            HostError: the host no longer takes output (EPIPE, ENOSPC, EIO...).
         """
         # bytes(), because a view of the buffer would still pin its size when an exception keeps it alive
         try:
             written = os.write(self.fd, bytes(self._buffer[:WRITE_MAX]))
         except BlockingIOError:
             return
+        except OSError as e:
+            raise HostError(f"cannot write output: {e.strerror}") from e
         del self._buffer[:written]

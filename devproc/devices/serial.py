@@ -135,6 +135,8 @@ class Serial(Model):
         self._flow = UNTOUCHED
         self._looks = 0
         self._counts = {"rx_bytes": 0, "tx_bytes": 0, "tx_lost": 0, "overruns": 0, "interrupts": 0}
+        input.listen(lambda: self.wants_input, self.on_input)
+        output.listen(self.on_output)
 
     # -- registers
 
@@ -238,13 +240,16 @@ class Serial(Model):
 
     @property
     def wants_input(self) -> bool:
+        """Whether it takes a byte now."""
         return self._flow == ON and len(self._rx) < self._depth()
 
     def on_input(self) -> None:
+        """There may be input; take what fits."""
         if self.wants_input and (data := self._input.read(self._depth() - len(self._rx))):
             self._receive(data)
 
     def on_output(self) -> None:
+        """The output has room again."""
         if not self._tx:
             return
         taken = self._output.write(bytes(self._tx))

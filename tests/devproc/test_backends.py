@@ -10,9 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from devproc.backends import memory
+from devproc.backends.entropy import entropy
 from devproc.backends.input import Input
+from devproc.backends.kick import Kick
 from devproc.backends.output import BUFFER_MAX, WRITE_MAX, Output
 from devproc.backends.signal import Signal
+from devproc.ports import HostError
+from kvmcore.memory import GuestMemory
 
 Pipe = tuple[int, int]
 
@@ -86,20 +91,21 @@ def test_output_to_a_closed_pipe_is_an_error(pipe: Pipe) -> None:
     os.close(read)
     out = Output(write)
     out.write(b"x")
-    with pytest.raises(BrokenPipeError):
+    with pytest.raises(HostError, match="cannot write output: Broken pipe"):
         out.flush()
 
 
 def test_input_is_read_once_per_readiness_and_never_blocks(pipe: Pipe) -> None:
     read, write = pipe
     source = Input(read)
+    source.listen(lambda: True, lambda: None)
     assert source.read(4) == b""  # nothing there: a read would block for ever
     os.write(write, b"abcdef")
-    source.ready = True
+    source.on_readable()
     assert source.read(0) == b""
     assert source.read(4) == b"abcd"
     assert source.read(4) == b""
-    source.ready = True
+    source.on_readable()
     assert source.read(4) == b"ef"
 
 
@@ -107,18 +113,20 @@ def test_end_of_input_is_final(pipe: Pipe) -> None:
     read, write = pipe
     os.close(write)
     source = Input(read)
-    source.ready = True
+    source.listen(lambda: True, lambda: None)
+    source.on_readable()
     assert source.read(1) == b""
-    assert source.closed
+    assert not source.wants_read
 
 
 def test_a_hung_up_terminal_is_end_of_input() -> None:
     master, slave = pty.openpty()
     os.close(slave)
     source = Input(master)
-    source.ready = True
+    source.listen(lambda: True, lambda: None)
+    source.on_readable()
     assert source.read(1) == b""
-    assert source.closed
+    assert not source.wants_read
     os.close(master)
 
 
@@ -126,15 +134,62 @@ def test_not_ready_after_all_is_not_the_end(pipe: Pipe) -> None:
     read, _ = pipe
     os.set_blocking(read, False)
     source = Input(read)
-    source.ready = True
+    source.listen(lambda: True, lambda: None)
+    source.on_readable()
     assert source.read(1) == b""
-    assert not source.closed
+    assert source.wants_read
 
 
 def test_a_broken_source_is_an_error() -> None:
     fd = os.open("/", os.O_RDONLY)
     source = Input(fd)
-    source.ready = True
-    with pytest.raises(IsADirectoryError):
+    source.listen(lambda: True, lambda: None)
+    source.on_readable()
+    with pytest.raises(HostError, match="cannot read input: Is a directory"):
         source.read(1)
     os.close(fd)
+
+
+def test_input_is_watched_only_while_it_is_wanted(pipe: Pipe) -> None:
+    source = Input(pipe[0])
+    wanted, told = [False], []
+    source.listen(lambda: wanted[0], lambda: told.append(source.read(9)))
+    assert not source.wants_read
+    wanted[0] = True
+    assert source.wants_read
+    os.write(pipe[1], b"ab")
+    source.on_readable()
+    assert told == [b"ab"]
+
+
+def test_a_kick_is_taken_and_told_once_however_many_edges_there_were() -> None:
+    fd = os.eventfd(3, os.EFD_NONBLOCK)
+    kick, told = Kick(fd), []
+    kick.listen(lambda: told.append("kicked"))
+    kick.on_readable()
+    assert told == ["kicked"]
+    assert select.select([fd], [], [], 0)[0] == []
+    kick.on_readable()  # taken by someone else meanwhile: never blocks
+    os.close(fd)
+
+
+def test_guest_memory_is_mapped_around_the_gap_in_the_order_of_the_file() -> None:
+    ram = GuestMemory.create([(0, 4096), (1 << 32, 8192)])
+    mapped = memory.attach(os.dup(ram.fd), 4096, 8192)
+    ram.write(0x1000 - 4, b"last")
+    ram.write(1 << 32, b"high")
+    assert (mapped.read(0x1000 - 4, 4), mapped.read(1 << 32, 4)) == (b"last", b"high")
+    mapped.close()
+    ram.close()
+
+
+def test_guest_memory_of_another_size_is_refused() -> None:
+    ram = GuestMemory.create([(0, 4096)])
+    with pytest.raises(ValueError, match="file of 0x1000 bytes, expected 0x2000"):
+        memory.attach(ram.fd, 4096, 4096)
+    ram.close()
+
+
+def test_entropy_gives_as_much_as_is_asked_for() -> None:
+    assert len(entropy(16)) == 16
+    assert entropy(16) != entropy(16)

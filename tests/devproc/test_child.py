@@ -9,14 +9,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 
 from devproc import child, wire
 from devproc.backends.output import BUFFER_MAX, WRITE_MAX
-from devproc.catalog import CATALOG, FD_FIRST, Descriptor, Entry, Param, Region
+from devproc.catalog import Descriptor, Entry, Param, Region
 from devproc.channel import Channel, ChannelClosed
+from devproc.ports import HostError
 from devproc.wire import PeerError, Sender, Space
 
 ENTRY = Entry(
@@ -29,9 +31,10 @@ ENTRY = Entry(
         Descriptor("irq", "signal", "an edge"),
         Descriptor("input", "input", "bytes in"),
         Descriptor("output", "output", "bytes out"),
+        Descriptor("bell", "kick", "edges in", 2),
     ),
     params=(Param("gain", 0, 9, "read back"),),
-    clocks=("clock", "wall"),
+    sources=("clock", "wall"),
 )
 DEADLINE = 7  # writing here sets a deadline that far ahead, in ms
 OUT = 6  # writing here outputs a byte that many times 256
@@ -42,12 +45,24 @@ class Scribe:
     TABLES: ClassVar[tuple[object, ...]] = ()
 
     def __init__(
-        self, *, irq: Callable[[], None], input: Any, output: Any, gain: int, clock: Any, wall: Any
+        self,
+        *,
+        irq: Callable[[], None],
+        input: Any,
+        output: Any,
+        bell: tuple[Any, ...],
+        gain: int,
+        clock: Any,
+        wall: Any,
     ) -> None:
         self.irq, self.input, self.output, self.gain = irq, input, output, gain
         self.clock, self.wall = clock, wall
         self.deadline_ns: int | None = None
         self.wants_input = False
+        input.listen(lambda: self.wants_input, self.on_input)
+        output.listen(self.on_output)
+        for n, k in enumerate(bell):
+            k.listen(partial(self.on_bell, n))
         self.log: list[tuple[Any, ...]] = []
         self.state = b"fresh"
 
@@ -71,6 +86,10 @@ class Scribe:
 
     def on_input(self) -> None:
         self.log.append(("input", self.input.read(2), self.input.read(2)))
+        self.irq()
+
+    def on_bell(self, number: int) -> None:
+        self.log.append(("bell", number))
         self.irq()
 
     def on_output(self) -> None:
@@ -101,13 +120,15 @@ class Host:
         self.input_read, self.input = os.pipe()
         self.output, self.output_write = os.pipe()
         self.irq = os.eventfd(0, os.EFD_NONBLOCK)
+        self.bells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
         # the entry's descriptors have successive numbers
         first = 200
-        for slot, fd in enumerate((self.irq, self.input_read, self.output_write), first):
+        own = (self.irq, self.input_read, self.output_write, *self.bells)
+        for slot, fd in enumerate(own, first):
             os.dup2(fd, slot)
         self.server = child.Server(ENTRY, Scribe, {"gain": 5}, access, control, first)
         self.model: Scribe = self.server.device  # type: ignore[assignment]
-        self.slots = range(first, first + 3)
+        self.slots = range(first, first + len(own))
         self.ended: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(access, control), daemon=True)
 
@@ -148,7 +169,8 @@ class Host:
         self.access.close()
         self.control.close()
         self.thread.join(5)
-        for fd in (self.irq, self.input_read, self.input, self.output, self.output_write, *self.slots):
+        mine = (self.irq, self.input_read, self.input, self.output, self.output_write, *self.bells)
+        for fd in (*mine, *self.slots):
             with contextlib.suppress(OSError):  # the test may have closed it
                 os.close(fd)
 
@@ -236,6 +258,16 @@ def test_input_at_its_end_is_never_watched_again(host: Host) -> None:
     assert [e for e in host.model.log if e[0] == "input"] == [("input", b"", b"")]
 
 
+def test_each_of_an_array_of_kicks_is_taken_and_told_by_its_number(host: Host) -> None:
+    os.eventfd_write(host.bells[1], 3)
+    host.edge()
+    os.eventfd_write(host.bells[0], 1)
+    host.edge()
+    assert host.model.log == [("bell", 1), ("bell", 0)]
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(host.bells[1])
+
+
 def test_output_reaches_the_host(host: Host) -> None:
     host.write(OUT, 1)
     assert host.drain(256) == b"x" * 256
@@ -260,7 +292,7 @@ def test_output_that_fails_ends_the_device(host: Host) -> None:
     os.close(host.output)
     host.send(wire.Write(Space.PORT, OUT, 1, 1, True))
     error = host.join()
-    assert isinstance(error, child.OutputFailed) and str(error) == "Broken pipe"
+    assert isinstance(error, HostError) and str(error) == "cannot write output: Broken pipe"
 
 
 def test_the_lifecycle_questions_are_answered(host: Host) -> None:
@@ -298,10 +330,3 @@ def test_either_channels_end_is_the_devices_end(host: Host, which: str) -> None:
 def test_what_a_table_does_not_allow_on_control_is_a_peer_error(host: Host) -> None:
     host.control.sock.send(wire.encode(wire.Ready(b"")))
     assert isinstance(host.join(), PeerError)
-
-
-def test_every_entry_has_one_input_and_one_output_at_most() -> None:
-    for entry in CATALOG.values():
-        kinds = [d.kind for d in entry.descriptors]
-        assert kinds.count("input") <= 1 and kinds.count("output") <= 1
-        assert min(entry.slots().values()) < FD_FIRST

@@ -102,4 +102,4 @@ def test_without_namespaces_no_step_touches_the_hosts_mounts_or_ids(name: str) -
 
 
 def test_the_descriptor_limit_is_the_number_of_slots() -> None:
-    assert context(Mode.FULL).held == max(ENTRY.slots().values()) + 1
+    assert ENTRY.held == max(ENTRY.slots().values()) + 1

@@ -31,8 +31,8 @@ class Bench:
             ports[d.name] = self if d.kind != "signal" else self.signal(d.name)
         for p in entry.params:
             ports[p.name] = params.get(p.name, PARAMS[p.name])
-        for c in entry.clocks:
-            ports[c] = getattr(self, c)
+        for source in entry.sources:
+            ports[source] = getattr(self, source)
         self.model = getattr(importlib.import_module(entry.module), entry.model)(**ports)
 
     # the ports
@@ -48,6 +48,9 @@ class Bench:
 
     def wall(self) -> int:
         return self.wall_ns
+
+    def listen(self, *_handlers: Any) -> None:
+        """Called for input and for output; `pump` and `drain` go to the model itself."""
 
     def write(self, data: bytes) -> int:
         taken = data[: self.room]
@@ -73,7 +76,7 @@ class Bench:
 
     def pump(self) -> None:
         """Deliver input while the model wants it, then the deadlines that have passed."""
-        while self.model.wants_input and self.typed:
+        while self.typed and self.model.wants_input:
             left = len(self.typed)
             self.model.on_input()
             assert len(self.typed) < left, "watched, readable and not read: a busy loop"
