@@ -70,6 +70,7 @@ def _arguments() -> argparse.ArgumentParser:
         default=None,
         help="memory-mapped PCI configuration [on]",
     )
+    add("--rng", action=argparse.BooleanOptionalAction, default=None, help="virtio entropy device [off]")
     add("--android-fstab", metavar="FILE", help="fstab to hand to the guest in a device tree")
     add("-s", "--socket", metavar="PATH", help="make a control socket there, for vmsup ps and vmsup stop")
     add("--jail", action="store_const", const="full", help="jail every device process; this is the default")

@@ -75,6 +75,7 @@ class RunConfig:
     serial: tuple[SerialConfig, ...] = ()
     irqchip: str = "kernel"
     pcie_ecam: bool = True
+    rng: bool = False
     android_fstab: str | None = None
     socket: str | None = None
     jail: str = "full"
@@ -167,6 +168,7 @@ _SCALARS = (
     Key("initrd"),
     Key("irqchip", choices=IRQCHIPS),
     Key("pcie-ecam", bool),
+    Key("rng", bool),
     Key("android-fstab"),
     Key("socket"),
     Key("jail", choices=JAILS),

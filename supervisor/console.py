@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from kvmcore.errors import ConfigError
 from supervisor import terminal
 from supervisor.config import SerialConfig
+from supervisor.host import Host, Opened
 from supervisor.janitor import Janitor
 from supervisor.relay import PtyRelay, Relay, SocketRelay
 
@@ -110,6 +111,23 @@ def _pty(where: str, link: str | None, janitor: Janitor) -> Console:
         janitor.unlink(link)
     theirs, ours = _pair()
     return Console(theirs, os.dup(theirs), relay=PtyRelay(ours, master), note=f"{where} is {name}")
+
+
+def open_serial(port: SerialConfig, host: Host) -> Opened:
+    """The opener of a serial device.
+
+    Raises:
+        ConfigError: as `open_console`.
+    """
+    found = open_console(port, host.janitor)
+    host.undo.callback(found.close)
+    if found.relay is not None:
+        host.watched.append(found.relay)
+    if found.keyboard is not None:
+        host.keyboard = found.keyboard
+    if found.note is not None:
+        host.tell(found.note)
+    return Opened({"input": (found.input,), "output": (found.output,)})
 
 
 def open_console(port: SerialConfig, janitor: Janitor) -> Console:

@@ -19,10 +19,12 @@ from devproc import jail, wire, zygote
 from devproc.catalog import Entry
 from devproc.channel import ChannelClosed
 from devproc.wire import PeerError, Space
+from kvmcore import layout
 from kvmcore.exitloop import Core, DeviceGone
+from kvmcore.memory import GuestMemory
 from supervisor import machine
 from supervisor.config import RunConfig
-from supervisor.console import Console
+from supervisor.host import Opened
 from supervisor.proxy import Proxy
 from supervisor.reaper import DeviceDied
 from supervisor.spawn import Spawner
@@ -67,7 +69,7 @@ def exercise(device: str, say: Say, filters: Filters | None = None, watch: Watch
 class _Life:
     """A device process, and the host's end of whatever it holds."""
 
-    def __init__(self, proxy: Proxy, core: Core, signals: dict[str, int], typed: int, shown: int) -> None:
+    def __init__(self, proxy: Proxy, core: Core, signals: list[int], typed: int, shown: int) -> None:
         self.proxy = proxy
         self.core = core
         self._signals = signals
@@ -105,7 +107,7 @@ class _Life:
                 self._turn()
 
     def _turn(self) -> None:
-        for fd in (self._shown, *self._signals.values()):
+        for fd in (self._shown, *self._signals):
             with contextlib.suppress(BlockingIOError):
                 os.read(fd, 1 << 16)
         with contextlib.suppress(BlockingIOError):
@@ -161,19 +163,23 @@ def _process(
         signals = {name: os.eventfd(0, os.EFD_NONBLOCK) for name in ("panic", "poweroff", "reset")}
         theirs, typed = os.pipe2(os.O_NONBLOCK)
         shown, output = os.pipe2(os.O_NONBLOCK)
-        for fd in (*signals.values(), typed, shown):
+        for fd in (*signals.values(), theirs, typed, shown, output):
             undo.callback(os.close, fd)
-        console = Console(theirs, output)
-        undo.callback(console.close)
-        consoles = {} if instance.serial_num is None else {instance.serial_num: console}
+        memory = GuestMemory.create(layout.ram_regions(_MEM_BELOW_4G))
+        undo.callback(memory.close)
+        stand_ins = {"input": theirs, "output": output}  # by the kind of a descriptor that an opener opens
+        fds = {d.name: (stand_ins[d.kind],) for d in instance.entry.descriptors if d.kind in stand_ins}
+        opened = {instance.name: Opened(fds)}
         core = Core(round(_TIMEOUT_S * 1000))
-        spawner = Spawner(nursery, core, jail.Mode.FULL, _TIMEOUT_S, signals, consoles, say)
+        spawner = Spawner(nursery, core, jail.Mode.FULL, _TIMEOUT_S, signals, memory.fd, opened, say)
         undo.callback(spawner.close)
         proxy = spawner.spawn(instance)
         undo.callback(_end, proxy)
         proxy.await_ready(jail.Mode.FULL, watch and watch(instance.entry.name, instance.name))
         proxy.control.sock.settimeout(_TIMEOUT_S)
-        yield _Life(proxy, core, signals | spawner.irqs, typed, shown)
+        own = spawner.eventfds.get(instance.name, {})
+        written = [fd for d in instance.entry.descriptors if d.kind == "signal" for fd in own.get(d.name, ())]
+        yield _Life(proxy, core, [*signals.values(), *written], typed, shown)
 
 
 def _end(proxy: Proxy) -> None:

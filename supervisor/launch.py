@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from devproc import jail, wire, zygote
@@ -22,15 +23,16 @@ from kvmcore.irq import GsiRouter
 from kvmcore.kvm import Kvm, Vm
 from kvmcore.memory import GuestMemory
 from policies.errors import PolicyError
-from supervisor import confine, console, control, ending, machine
+from supervisor import confine, control, ending, machine
 from supervisor.bus import Buses, Claim, DeviceTarget, PciConfig
 from supervisor.config import LEARN, RunConfig
 from supervisor.ending import Ending
+from supervisor.host import Host
 from supervisor.janitor import Janitor
 from supervisor.machine import Instance
 from supervisor.pcishadow import FunctionShadow, PciBus
 from supervisor.proxy import Proxy
-from supervisor.runloop import RunLoop, Signals, Watched
+from supervisor.runloop import RunLoop, Signals
 from supervisor.spawn import Spawner
 from supervisor.splitchip import SplitChip
 from supervisor.vcputhread import VcpuThread
@@ -71,7 +73,7 @@ class _Launch:
         self.began_ns = time.monotonic_ns()
 
     def run(self) -> Ending:
-        config, step = self.config, self._step
+        config, say, step = self.config, self.say, self._step
         split = config.irqchip == "split"
         with step("read the configuration's files"):
             mode = self._jail_mode()
@@ -115,11 +117,15 @@ class _Launch:
             instances = machine.instances(config, low_end, memory.size - low_end)
             core = Core(round(config.device_timeout * 1000))
             buses = Buses(core, machine.BUS_SIZE, _MMIO_SIZE)
-        with step("open the serial ports"):
-            consoles = self._open_consoles(janitor)
+        with step("open what the devices work on"):
+            tell = partial(say, level="info", event="console")
+            host = Host(self.undo, janitor, tell)
+            opened = {i.name: i.opens(host) for i in instances if i.opens is not None}
         with step("spawn the devices"):
             events = {name: self._eventfd() for name, _ in _EVENTS}
-            spawner = Spawner(nursery, core, mode, config.device_timeout, events, consoles, self._say_of)
+            spawner = Spawner(
+                nursery, core, mode, config.device_timeout, events, memory.fd, opened, self._say_of
+            )
             proxies = self._spawn(spawner, instances, mode, recorder)
         with step("build the buses"):
             chip = SplitChip(vm, router, vcpus[0], buses) if split else None
@@ -128,7 +134,7 @@ class _Launch:
             for instance in instances:
                 if instance.gsi is not None:
                     irqfd = chip.connect if chip is not None else vm.irqfd
-                    irqfd(spawner.irqs[instance.name], instance.gsi)
+                    irqfd(spawner.eventfds[instance.name]["irq"][0], instance.gsi)
         with step("load the kernel"):
             kernel = bzimage.load(config.kernel, memory)
         with step("write the boot data"):
@@ -156,14 +162,12 @@ class _Launch:
             install_kick_signal()
             signals = Signals()
             self.undo.callback(signals.close)
-            watched: list[Watched] = [c.relay for c in consoles.values() if c.relay is not None]
-            keyboard = next((c.keyboard for c in consoles.values() if c.keyboard is not None), None)
             loop = RunLoop(
                 signals,
                 proxies,
                 [(events[name], how) for name, how in _EVENTS],
-                keyboard,
-                watched,
+                host.keyboard,
+                host.watched,
                 config.device_timeout,
                 nursery.pid,
             )
@@ -175,13 +179,13 @@ class _Launch:
             ]
             if chip is not None:
                 chip.wake, chip.interrupt_bsp = loop.wake, threads[0].interrupt
-                watched.append(chip)
+                host.watched.append(chip)
         with step("make the control socket"):
             if config.socket is not None:
                 verbs = {"ps": lambda: self._ps(proxies, nursery), "stop": lambda: _stop(loop)}
                 server = control.ControlServer(config.socket, verbs, janitor)
                 self.undo.callback(server.close)
-                watched.append(server)
+                host.watched.append(server)
         with step("drop privileges"):
             jail.drop_privileges()
         how = loop.run(threads, seal)
@@ -254,15 +258,6 @@ class _Launch:
             host = memory.host_address(region.gpa, region.size)
             vm.set_user_memory_region(slot, region.gpa, region.size, host)
         return memory
-
-    def _open_consoles(self, janitor: Janitor) -> dict[int, console.Console]:
-        opened = {}
-        for port in self.config.serial_ports():
-            opened[port.num] = found = console.open_console(port, janitor)
-            self.undo.callback(found.close)
-            if found.note is not None:
-                self.say(found.note, level="info", event="console")
-        return opened
 
     def _eventfd(self) -> int:
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -5,14 +5,19 @@ Data, and the functions of the configuration that choose it; nothing here does a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from devproc.catalog import CATALOG, Entry
 from devproc.wire import Scalar, Space
 from kvmcore import acpi, layout
+from kvmcore.errors import ConfigError
 from kvmcore.mptable import PciInterrupt
 from supervisor.config import RunConfig
+from supervisor.console import open_serial
+from supervisor.host import Opener
 
 SERIAL_BASES: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 SERIAL_GSIS: Final = (4, 3, 4, 3)
@@ -44,7 +49,14 @@ class Placement:
 
 @dataclass(frozen=True)
 class Instance:
-    """One device process: instance name, kind, io ports, the line its irq descriptor drives, parameters."""
+    """One device process.
+
+    Attributes:
+        gsi: the line that its `irq` descriptor drives as an edge, or a PCI function's INTA as a level.
+        params: the values of the entry's parameters, less those that `opens` gives.
+        pci_slot: it is function 0 of this device on bus 0.
+        opens: opens the entry's descriptors that `Spawner` does not make itself; None if there are none.
+    """
 
     name: str
     entry: Entry
@@ -52,7 +64,26 @@ class Instance:
     gsi: int | None = None
     params: tuple[Scalar, ...] = ()
     pci_slot: int | None = None  # bus 0, function 0 of this device number
-    serial_num: int | None = None
+    opens: Opener | None = None
+
+
+@dataclass(frozen=True)
+class Function:
+    """A virtio function before it has its slot: instance name, kind, its own parameters, its opener.
+
+    `params` come after the two that every virtio kind has first, the sizes of guest memory.
+    """
+
+    name: str
+    kind: str
+    params: tuple[Scalar, ...] = ()
+    opens: Opener | None = None
+
+
+def virtio_functions(config: RunConfig) -> Iterator[Function]:
+    """The virtio functions that `config` asks for, in the order of their slots."""
+    if config.rng:
+        yield Function("rng", "virtio-rng")
 
 
 _PCI_GSIS: Final = (5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
@@ -101,17 +132,21 @@ def kinds(config: RunConfig) -> list[str]:
 
 
 def instances(config: RunConfig, mem_below_4g: int, mem_above_4g: int) -> tuple[Instance, ...]:
-    """Every device of the machine that `config` describes; sizes in bytes."""
+    """Every device of the machine that `config` describes; sizes in bytes.
+
+    Raises:
+        ConfigError: there are not enough slots on bus 0.
+    """
     split = config.irqchip == "split"
     devices = [
         Instance(
-            f"serial{n}",
+            f"serial{port.num}",
             CATALOG["serial"],
-            (Placement(SERIAL_BASES[n - 1], 8, Space.PORT),),
-            gsi=SERIAL_GSIS[n - 1],
-            serial_num=n,
+            (Placement(SERIAL_BASES[port.num - 1], 8, Space.PORT),),
+            gsi=SERIAL_GSIS[port.num - 1],
+            opens=partial(open_serial, port),
         )
-        for n in range(1, 5)
+        for port in config.serial_ports()
     ]
     devices.append(
         Instance(
@@ -132,5 +167,19 @@ def instances(config: RunConfig, mem_below_4g: int, mem_above_4g: int) -> tuple[
         Instance("acpi-pm", CATALOG["acpi-pm"], (Placement(ACPI_PM_BASE, 16, Space.PORT),), gsi=SCI_GSI),
         Instance("pvpanic", CATALOG["pvpanic"], (Placement(PVPANIC_BASE, 1, Space.PORT),)),
         Instance("pci-host", CATALOG["pci-host"], pci_slot=0),
+    ]
+    functions = list(virtio_functions(config))
+    if len(functions) >= _PCI_SLOTS:
+        raise ConfigError(f"{len(functions)} virtio devices: expected at most {_PCI_SLOTS - 1}")
+    devices += [
+        Instance(
+            f.name,
+            CATALOG[f.kind],
+            gsi=line.gsi,
+            params=(mem_below_4g, mem_above_4g, *f.params),
+            pci_slot=line.device,
+            opens=f.opens,
+        )
+        for f, line in zip(functions, pci_interrupts(), strict=False)
     ]
     return tuple(devices)

@@ -12,10 +12,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from supervisor import ending, reaper
 from supervisor.ending import Ending
+from supervisor.host import Watched
 from supervisor.proxy import CLOSED, PING_EVERY_S, Proxy
 from supervisor.reaper import DeviceDied
 from supervisor.terminal import Keyboard, Typed
@@ -25,13 +25,6 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_WORDS_S = 0.3  # how long a lost connection waits for the reaper's better word
 _FLUSH_S = 2.0  # how long devices may take to write out what they hold at the end
 _VCPU_JOIN_S = 1.0  # on top of the access deadline
-
-
-class Watched(Protocol):
-    """Something with descriptors to watch: a relay, the control socket."""
-
-    def wants(self) -> dict[int, int]: ...
-    def ready(self, fd: int, got: int) -> None: ...
 
 
 class Signals:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from devproc import jail
+from devproc.catalog import Descriptor
 from devproc.zygote import SpawnError, Zygote
 from kvmcore.errors import VmsupError
 from kvmcore.exitloop import Core
-from supervisor.console import Console
+from supervisor.host import Opened
 from supervisor.machine import Instance
 from supervisor.proxy import Proxy
 
@@ -26,13 +27,21 @@ def host_id(number: int) -> int:
     return _HOST_ID_BASE + (os.getpid() & 0x3FFFFF) * 64 + number
 
 
+_NOTHING = Opened({})
+
+
 @dataclass
 class Spawner:
     """Makes device processes, at the start and later.
 
     Args:
         events: eventfds by descriptor name ("reset", "poweroff", "panic") that all devices share.
-        consoles: what each serial port is connected to, by number.
+        memory: the memfd of the guest's memory.
+        opened: by instance name, what its opener has given.
+
+    Attributes:
+        eventfds: by instance name, then by descriptor name, those that the instance alone has: its
+            interrupts and its kicks.  They outlive the process, so that another can take its place.
     """
 
     zygote: Zygote
@@ -40,9 +49,10 @@ class Spawner:
     mode: jail.Mode
     timeout_s: float
     events: dict[str, int]
-    consoles: dict[int, Console]
+    memory: int
+    opened: Mapping[str, Opened]
     say: Callable[[str, str], None]
-    irqs: dict[str, int] = field(default_factory=dict)  # instance name -> its interrupt's eventfd
+    eventfds: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     _count: int = 0
 
     def spawn(self, instance: Instance) -> Proxy:
@@ -55,7 +65,9 @@ class Spawner:
         control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         log, its_log = os.pipe()
         fds = [its_log, its_access.fileno(), its_control.fileno()]
-        fds += [self._descriptor(instance, d.name) for d in instance.entry.descriptors]
+        opened = self.opened.get(instance.name, _NOTHING)
+        for d in instance.entry.descriptors:
+            fds += self._descriptors(instance.name, d, opened)
         try:
             pid = self.zygote.spawn(
                 instance.entry.name,
@@ -63,7 +75,7 @@ class Spawner:
                 fds,
                 host_id=host_id(self._count),
                 mode=self.mode,
-                params=instance.params,
+                params=instance.params + opened.params,
             )
         except SpawnError as e:
             access.close()
@@ -78,19 +90,23 @@ class Spawner:
         return Proxy(instance, pid, self.core, access, control, log, self.timeout_s, self.say)
 
     def close(self) -> None:
-        """Give back the interrupts' eventfds."""
-        for fd in self.irqs.values():
-            os.close(fd)
+        """Give back the eventfds."""
+        for own in self.eventfds.values():
+            for fds in own.values():
+                for fd in fds:
+                    os.close(fd)
 
-    def _descriptor(self, instance: Instance, name: str) -> int:
-        match name:
-            case "irq":
-                if instance.name not in self.irqs:
-                    self.irqs[instance.name] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                return self.irqs[instance.name]
-            case "input" | "output":
-                assert instance.serial_num is not None
-                console = self.consoles[instance.serial_num]
-                return console.input if name == "input" else console.output
-            case _:
-                return self.events[name]
+    def _descriptors(self, name: str, d: Descriptor, opened: Opened) -> tuple[int, ...]:
+        """What the instance `name` is handed as `d`."""
+        if d.name in opened.fds:
+            return opened.fds[d.name]
+        if d.kind == "memory":
+            return (self.memory,)
+        if d.name in self.events:
+            return (self.events[d.name],)
+        assert d.kind in ("signal", "kick"), f"{name}: its opener does not open {d.name}"
+        own = self.eventfds.setdefault(name, {})
+        if d.name not in own:
+            flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+            own[d.name] = tuple(os.eventfd(0, flags) for _ in range(d.count or 1))
+        return own[d.name]

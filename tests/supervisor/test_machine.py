@@ -52,7 +52,7 @@ def test_every_kind_of_device_is_in_some_machine():
 
 
 def test_com_ports_and_their_lines_are_the_pcs():
-    serial = [(i.ports[0].base, i.gsi) for i in instances("kernel") if i.serial_num]
+    serial = [(i.ports[0].base, i.gsi) for i in instances("kernel") if i.entry.name == "serial"]
     assert serial == [(0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3)]
 
 

@@ -1,0 +1,59 @@
+"""What a device works on at the host, opened by the supervisor before the device's process exists.
+
+An instance's opener turns what the user asked for (a path, a tap's name) into descriptors, because the
+device process can name nothing.  What an opener opens it also has undone: `Host.undo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from devproc.wire import Scalar
+from supervisor.janitor import Janitor
+from supervisor.terminal import Keyboard
+
+
+class Watched(Protocol):
+    """Something with descriptors that the main thread polls: a relay, the control socket."""
+
+    def wants(self) -> dict[int, int]: ...
+    def ready(self, fd: int, got: int) -> None: ...
+
+
+@dataclass
+class Host:
+    """What an opener may use, and where it leaves what outlives it.
+
+    Attributes:
+        undo: takes what closes and ends whatever was opened; it runs after the devices have gone.
+        janitor: keeps the terminal's mode, and paths to be removed, even from our own death.
+        tell: takes a line that the user did not ask for but needs: where a pseudo-terminal is.
+        watched: relays, for the main thread to poll while the guest runs.
+        keyboard: the terminal, if a console is on it.
+    """
+
+    undo: ExitStack
+    janitor: Janitor
+    tell: Callable[[str], None]
+    watched: list[Watched] = field(default_factory=list)
+    keyboard: Keyboard | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What an opener has opened; the descriptors stay its own, the device gets duplicates.
+
+    Attributes:
+        fds: by the name of the catalogue's `Descriptor`, as many as its `count`.
+        params: values that were known only now (a disk's size), after those of `Instance.params`.
+    """
+
+    fds: Mapping[str, tuple[int, ...]]
+    params: tuple[Scalar, ...] = ()
+
+
+Opener = Callable[[Host], Opened]
+"""Raises ConfigError, naming the option and the file, when the user's wish cannot be met."""
