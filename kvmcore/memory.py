@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
@@ -40,6 +41,7 @@ class GuestMemory:
         self.size = sum(r.size for r in self.regions)
         self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED | _MAP_NORESERVE)
         self._view = memoryview(self._map)
+        self._lock = threading.Lock()
 
     @classmethod
     def create(cls, ranges: Iterable[tuple[int, int]]) -> Self:
@@ -86,6 +88,61 @@ class GuestMemory:
                 if 0 <= gpa - region.gpa <= region.size - size:
                     return gpa - region.gpa + region.offset
         raise MemoryFault(gpa, size)
+
+    def holds(self, gpa: int, size: int) -> bool:
+        """Whether [gpa, gpa + size) is wholly RAM."""
+        if size >= 0:
+            for region in self.regions:
+                if 0 <= gpa - region.gpa <= region.size - size:
+                    return True
+        return False
+
+    def views(self, spans: Iterable[tuple[int, int]]) -> list[memoryview]:
+        """Each (gpa, size) as writable host bytes, for preadv and its like; `close` needs them gone.
+
+        Raises:
+            MemoryFault: one is not wholly RAM.
+        """
+        view = self._view
+        return [view[at : at + size] for at, size in [(self._offset(*span), span[1]) for span in spans]]
+
+    def copy_out(self, spans: Iterable[tuple[int, int]], limit: int) -> bytes:
+        """The first `limit` bytes of what `spans` are one after the other; fewer where they end.
+
+        Raises:
+            MemoryFault: not all of that is RAM.
+        """
+        parts = []
+        for gpa, size in spans:
+            if limit <= 0:
+                break
+            parts.append(self.read(gpa, min(size, limit)))
+            limit -= size
+        return b"".join(parts)
+
+    def copy_in(self, spans: Iterable[tuple[int, int]], data: bytes | bytearray | memoryview) -> int:
+        """Spread `data` over `spans`; how many bytes there was room for.
+
+        Raises:
+            MemoryFault: not all of that is RAM; the spans before the one that is not have been written.
+        """
+        source = memoryview(data).cast("B")
+        done = 0
+        for gpa, size in spans:
+            if done == source.nbytes:
+                break
+            self.write(gpa, source[done : done + size])
+            done += min(size, source.nbytes - done)
+        return done
+
+    def fence(self) -> None:
+        """No load after this is done before the stores ahead of it: the one reordering of x86.
+
+        Python has no barrier, but taking a lock is a locked instruction, and "Loads and Stores Are Not
+        Reordered with Locked Instructions" (Intel SDM, volume 3, Memory Ordering).
+        """
+        with self._lock:
+            pass
 
     def read(self, gpa: int, size: int) -> bytes:
         """`size` bytes from `gpa`.
