@@ -365,6 +365,8 @@ static int serve_piece(struct core_vcpu *v, struct core_route *route, uint64_t a
         }
         pci_resolve(core, v->access.is_mmio, is_write, offset, size, route);
     }
+    if (route->kind == ROUTE_CHECKED)
+        route->kind = is_write ? ROUTE_PYTHON : ROUTE_DEVICE;
     if (route->kind == ROUTE_PYTHON) {
         v->exit.is_mmio = v->access.is_mmio;
         v->exit.is_write = is_write;
@@ -702,7 +704,8 @@ static bool route_fits(const struct core *core, const struct core_route *r, cons
 {
     return r->size && r->start <= bus_last && r->size - 1 <= bus_last - r->start &&
            (!before || (r->start > before->start && r->start - before->start >= before->size)) &&
-           r->kind <= ROUTE_PCI_CONFIG && (r->kind != ROUTE_DEVICE || r->index < core->n_devices);
+           r->kind <= ROUTE_CHECKED &&
+           ((r->kind != ROUTE_DEVICE && r->kind != ROUTE_CHECKED) || r->index < core->n_devices);
 }
 
 /* Swaps both tables.  Routes come sorted by start.  Returns ROUTES_; or the position, counted through

@@ -11,6 +11,7 @@
 /* PCI configuration space: on the io bus CONFIG_ADDRESS and CONFIG_DATA, on the mmio bus ECAM.  A read goes to
  * the function's device, in `space`; a write returns EXIT_IO; a function that does not exist floats. */
 #define ROUTE_PCI_CONFIG 3
+#define ROUTE_CHECKED 4 /* a read goes to the device, as ROUTE_DEVICE; a write returns EXIT_IO */
 #define PCI_FUNCTIONS 256 /* device << 3 | function, on bus 0 */
 
 struct core_route {

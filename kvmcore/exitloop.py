@@ -47,6 +47,7 @@ class RouteKind(enum.IntEnum):
     FLOAT = lib.ROUTE_FLOAT
     PYTHON = lib.ROUTE_PYTHON
     PCI_CONFIG = lib.ROUTE_PCI_CONFIG
+    CHECKED = lib.ROUTE_CHECKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,11 @@ class Route:
     def device(cls, start: int, size: int, index: int, space: int, base_offset: int = 0) -> Self:
         """Device `index` has it at `base_offset` of its `space`."""
         return cls(start, size, RouteKind.DEVICE, index, space, base_offset)
+
+    @classmethod
+    def checked(cls, start: int, size: int, index: int, space: int, base_offset: int = 0) -> Self:
+        """Reads go to the device as from `device`; a write is an IO exit, for Python to pass on or to drop."""
+        return cls(start, size, RouteKind.CHECKED, index, space, base_offset)
 
     @classmethod
     def floating(cls, start: int, size: int) -> Self:

@@ -195,8 +195,12 @@ static void check_exit(int why)
 {
     const struct core_exit *e = core_vcpu_exit(vcpu);
     REQUIRE(why >= EXIT_NONE && why <= EXIT_RUN_FAILED);
-    if (why == EXIT_IO)
+    if (why == EXIT_IO) {
+        struct core_route r;
         REQUIRE(is_access_size(e->size) && e->data <= all_ones(e->size) && (e->is_mmio || e->addr < 0x10100));
+        REQUIRE(locate(core, e->is_mmio, e->addr, e->size, &r));
+        REQUIRE(r.kind == ROUTE_PYTHON || (e->is_write && (r.kind == ROUTE_CHECKED || r.kind == ROUTE_PCI_CONFIG)));
+    }
     if (why == EXIT_DEVICE_DEAD)
         REQUIRE(e->index < n_devices && e->cause > CAUSE_NONE && e->cause <= CAUSE_MARKED);
     REQUIRE(e->n_values <= 16);
@@ -313,10 +317,11 @@ static void usual_machine(void)
     };
     static const struct core_route mmio[] = {
         {.start = 0x80000000, .size = 0x100000, .kind = ROUTE_PCI_CONFIG, .space = 2},
+        {.start = 0xe7fff000, .size = 0x1000, .kind = ROUTE_CHECKED, .space = 3},
         {.start = 0xe8000000, .size = 0x1000, .kind = ROUTE_DEVICE, .space = 3},
     };
     add_device();
-    REQUIRE(core_set_routes(core, pio, 3, mmio, 2) == ROUTES_SET);
+    REQUIRE(core_set_routes(core, pio, 3, mmio, 3) == ROUTES_SET);
     REQUIRE(!core_set_pci_function(core, 0, 0));
 }
 

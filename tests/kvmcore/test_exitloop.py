@@ -136,7 +136,7 @@ def test_mmio_of_every_size_reaches_its_device(machine: Machine, size: int) -> N
     device = Device()
     index = machine.add(device)
     base = (1 << 52) - 0x1000
-    machine.core.set_routes([], [Route.device(base, 0x1000, index, wire.Space.BAR0)])
+    machine.core.set_routes([], [Route.device(base, 0x1000, index, wire.wire.Space.BAR0)])
     value = bytes(range(0xF0, 0xF0 + size))
     assert machine.mmio(base + 0xFF0, size, value) is None
     assert machine.mmio(base + 0xFF8, size) is None
@@ -144,8 +144,8 @@ def test_mmio_of_every_size_reaches_its_device(machine: Machine, size: int) -> N
     machine.core.mark_dead(index)
     data = int.from_bytes(value, "little")
     assert device.finish() == [
-        wire.Write(wire.Space.BAR0, 0xFF0, size, data, True),
-        wire.Read(wire.Space.BAR0, 0xFF8, size),
+        wire.Write(wire.wire.Space.BAR0, 0xFF0, size, data, True),
+        wire.Read(wire.wire.Space.BAR0, 0xFF8, size),
     ]
 
 
@@ -249,6 +249,18 @@ def resume(machine: Machine) -> Exit | None:
     return None if exit_.kind is ExitKind.RUN_FAILED else exit_
 
 
+def test_a_checked_range_is_read_from_its_device_and_written_by_python(machine: Machine) -> None:
+    index = machine.add(Device(lambda read: wire.encode(wire.Value(0x5678))))
+    machine.core.set_routes([], [Route.checked(0xE0000000, 0x1000, index, wire.Space.BAR0, 0x100)])
+    assert machine.mmio(0xE0000018, 2) is None
+    assert machine.mmio_data(2) == b"\x78\x56"
+    exit_ = machine.mmio(0xE000001C, 2, b"\x01\x00")
+    assert exit_ is not None
+    assert (exit_.kind, exit_.is_write, exit_.addr, exit_.data) == (ExitKind.IO, True, 0xE000001C, 1)
+    assert resume(machine) is None
+    assert machine.devices[0].finish() == [wire.Read(wire.Space.BAR0, 0x118, 2)]
+
+
 # -- tables
 
 
@@ -261,6 +273,7 @@ def resume(machine: Machine) -> Exit | None:
         ([Route.python(0xFFFF, 2)], []),
         ([Route.python(0x10000, 1)], []),
         ([Route.device(0x60, 1, 0, 0)], []),
+        ([], [Route.checked(0x60, 1, 0, 0)]),
         ([], [Route.python(1 << 63, 1 << 63), Route.python((1 << 64) - 1, 1)]),
         ([], [Route.python((1 << 64) - 1, 2)]),
     ],
