@@ -258,7 +258,7 @@ def test_a_checked_range_is_read_from_its_device_and_written_by_python(machine: 
     assert exit_ is not None
     assert (exit_.kind, exit_.is_write, exit_.addr, exit_.data) == (ExitKind.IO, True, 0xE000001C, 1)
     assert resume(machine) is None
-    assert machine.devices[0].finish() == [wire.Read(wire.Space.BAR0, 0x118, 2)]
+    assert machine.devices[0].got == [wire.Read(wire.Space.BAR0, 0x118, 2)]
 
 
 # -- tables
