@@ -78,6 +78,9 @@ class Queue(Protocol):
         chain is not out; either is our bug.
         """
 
+    def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
+        """`push` several, which the driver sees all at once: the buffers of one merged frame."""
+
     def wants_interrupt(self) -> bool:
         """Whether the driver wants one for what was pushed since this was last asked."""
 

@@ -9,6 +9,7 @@ Left out: VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFICATION_DATA.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 from typing import Final
 
@@ -106,14 +107,24 @@ class SplitQueue:
         self._next_avail = (self._next_avail - 1) & _MASK
 
     def push(self, chain: Chain, written: int) -> None:
+        self._fill(self._next_used, chain, written)
+        self._publish(1)
+
+    def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
+        for at, (chain, written) in enumerate(used, self._next_used):
+            self._fill(at, chain, written)
+        self._publish(len(used))
+
+    def _fill(self, at: int, chain: Chain, written: int) -> None:
         assert 0 <= written <= chain.write_size, f"{written} bytes into a chain of {chain.write_size}"
         assert chain.id in self._out, f"chain {chain.id} is not out"
         self._out.remove(chain.id)
-        at = self._next_used
         _USED_ELEM.pack_into(self._used, 4 + 8 * (at & (self.size - 1)), chain.id, min(written, 0xFFFF_FFFF))
-        self._next_used = at = (at + 1) & _MASK
-        self._used_words[_IDX] = at  # after the data and the element (2.7.8.2)
-        self._unannounced += 1
+
+    def _publish(self, count: int) -> None:
+        self._next_used = at = (self._next_used + count) & _MASK
+        self._used_words[_IDX] = at  # after the data and the elements (2.7.8.2)
+        self._unannounced += count
 
     def wants_interrupt(self) -> bool:
         pushed, self._unannounced = self._unannounced, 0
