@@ -1,0 +1,322 @@
+"""The guest's half of a virtqueue, for tests and fuzzing: real rings in real memory (virtio 1.2, 2.7, 2.8).
+
+Written apart from `devproc.virtio`, so that each half checks the other.  A driver keeps to the
+specification unless its raw methods are called: `SplitDriver.descriptor` and `offer`, or
+`PackedDriver.descriptor`.  What a device gives back is checked: an AssertionError is the device's bug.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from devproc.virtio import spec
+from devproc.virtio.chain import Span
+from kvmcore.memory import GuestMemory
+
+
+class Used(NamedTuple):
+    """A chain that the device has used: `data` is the first `written` bytes of its writable part."""
+
+    id: int
+    written: int
+    data: bytes
+
+
+class _Offered(NamedTuple):
+    """A chain that the device has: its writable part, and the ring's descriptors that it takes."""
+
+    writable: tuple[Span, ...]
+    descriptors: tuple[int, ...]
+
+
+class Driver(ABC):
+    """One virtqueue in [gpa, gpa + extent): the rings first, buffers and indirect tables after them.
+
+    Args:
+        features: as negotiated; F_EVENT_IDX matters here.
+        position: where both ends start, as `chain.Queue.position` gives it.
+
+    `desc`, `driver` and `device` are the addresses to tell the device.
+    """
+
+    def __init__(
+        self, memory: GuestMemory, gpa: int, size: int, features: int, sizes: Sequence[int], extent: int
+    ) -> None:
+        self.memory = memory
+        self.size = size
+        self.event_idx = bool(features & spec.F_EVENT_IDX)
+        self._next = gpa
+        self._end = gpa + extent
+        self.desc, self.driver, self.device = (self.room(count, 16).gpa for count in sizes)
+        for area, count in zip((self.desc, self.driver, self.device), sizes, strict=True):
+            memory.write(area, bytes(count))
+        self._heap = self._next
+        self._offered: dict[int, _Offered] = {}
+        self._added = 0  # since kick_wanted was last asked
+
+    def room(self, size: int, align: int = 1) -> Span:
+        """`size` bytes for a buffer; given back all at once when the device has no chain left."""
+        gpa = -(-self._next // align) * align
+        assert gpa + size <= self._end, f"no room for {size} more bytes"
+        self._next = gpa + size
+        return Span(gpa, size)
+
+    def place(self, data: bytes) -> Span:
+        """`data` in a buffer of its own."""
+        span = self.room(len(data))
+        self.memory.write(span.gpa, data)
+        return span
+
+    def request(self, *parts: bytes | int, indirect: bool = False) -> int:
+        """Make one chain available: bytes are readable elements, an int is that much writable room.
+
+        Returns its id.
+        """
+        readable = [self.place(p) for p in parts if isinstance(p, bytes)]
+        writable = [self.room(p) for p in parts if isinstance(p, int)]
+        return self.add(readable, writable, indirect=indirect)
+
+    def add(self, readable: Iterable[Span], writable: Iterable[Span], *, indirect: bool = False) -> int:
+        """Make a chain of these elements available, through an indirect table or not; returns its id."""
+        writable = tuple(writable)
+        elements = [(*s, 0) for s in readable] + [(*s, spec.DESC_F_WRITE) for s in writable]
+        if indirect:
+            elements = [(*self._table(elements), spec.DESC_F_INDIRECT)]
+        assert len(elements) <= self.free, f"{len(elements)} descriptors, {self.free} are free"
+        id, descriptors = self._offer(elements)
+        self._offered[id] = _Offered(writable, descriptors)
+        return id
+
+    def used(self) -> list[Used]:
+        """What the device has used since this was last asked, in its order."""
+        found = []
+        while (done := self._reap()) is not None:
+            id, written = done
+            assert id in self._offered, f"chain {id} was used, but is not the device's"
+            offered = self._offered.pop(id)
+            size = sum(s.size for s in offered.writable)
+            assert written <= size, f"chain {id}: {written} bytes written into {size}"
+            found.append(Used(id, written, self.memory.copy_out(offered.writable, written)))
+            self._released(id, offered.descriptors)
+        if not self._offered:
+            self._next = self._heap
+        return found
+
+    @property
+    def outstanding(self) -> int:
+        """How many chains the device has."""
+        return len(self._offered)
+
+    def kick_wanted(self) -> bool:
+        """Whether the device wants to be notified of what was added since this was last asked."""
+        added, self._added = self._added, 0
+        self.memory.fence()
+        return added > 0 and self._kick_wanted(added)
+
+    @property
+    @abstractmethod
+    def free(self) -> int:
+        """How many descriptors of the ring are free."""
+
+    @abstractmethod
+    def interrupts(self, after: int) -> None:
+        """Ask for an interrupt once `after` more chains are used; 0: for none.
+
+        More than 1 needs F_EVENT_IDX, and in a packed ring chains of one descriptor.
+        """
+
+    @abstractmethod
+    def _table(self, elements: Sequence[tuple[int, int, int]]) -> Span: ...
+
+    @abstractmethod
+    def _offer(self, elements: Sequence[tuple[int, int, int]]) -> tuple[int, tuple[int, ...]]:
+        """Make elements (gpa, size, flags) available: (id, ring descriptors)."""
+
+    @abstractmethod
+    def _reap(self) -> tuple[int, int] | None:
+        """The next used (id, written)."""
+
+    @abstractmethod
+    def _released(self, id: int, descriptors: tuple[int, ...]) -> None: ...
+
+    @abstractmethod
+    def _kick_wanted(self, added: int) -> bool: ...
+
+    def _load16(self, gpa: int) -> int:
+        return int.from_bytes(self.memory.read(gpa, 2), "little")
+
+    def _store16(self, gpa: int, value: int) -> None:
+        self.memory.write(gpa, (value & 0xFFFF).to_bytes(2, "little"))
+
+
+class SplitDriver(Driver):
+    """The driver of a split virtqueue; descriptors are taken in no particular order."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        gpa: int,
+        size: int,
+        features: int = 0,
+        position: int = 0,
+        extent: int = 1 << 20,
+    ) -> None:
+        super().__init__(memory, gpa, size, features, (16 * size, 6 + 2 * size, 6 + 8 * size), extent)
+        self._free = [i * 5 % size for i in range(size)] if size % 5 else list(range(size))
+        self._seen = position
+        self.idx = position
+        self._store16(self.device + 2, position)
+
+    @property
+    def idx(self) -> int:
+        """avail.idx, which makes everything before it available; writable, also to nonsense."""
+        return self._load16(self.driver + 2)
+
+    @idx.setter
+    def idx(self, value: int) -> None:
+        self._store16(self.driver + 2, value)
+
+    def descriptor(self, index: int, addr: int, size: int, flags: int, next: int = 0) -> None:
+        """Write one descriptor of the table, whatever it says."""
+        self.memory.write(self.desc + 16 * index, struct.pack("<QIHH", addr, size, flags, next))
+
+    def offer(self, head: int) -> None:
+        """Put `head` into the available ring, whatever it is."""
+        at = self.idx
+        self._store16(self.driver + 4 + 2 * (at % self.size), head)
+        self.idx = at + 1
+        self._added += 1
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def interrupts(self, after: int) -> None:
+        if self.event_idx:  # an index that was just passed is the farthest away
+            self._store16(self.driver + 4 + 2 * self.size, self._seen + after - 1)
+        else:
+            self._store16(self.driver, 0 if after else spec.AVAIL_F_NO_INTERRUPT)
+
+    def _table(self, elements: Sequence[tuple[int, int, int]]) -> Span:
+        last = len(elements) - 1
+        return self.place(
+            b"".join(
+                struct.pack("<QIHH", gpa, size, flags | (spec.DESC_F_NEXT if i < last else 0), i + 1)
+                for i, (gpa, size, flags) in enumerate(elements)
+            )
+        )
+
+    def _offer(self, elements: Sequence[tuple[int, int, int]]) -> tuple[int, tuple[int, ...]]:
+        taken = tuple(self._free.pop() for _ in elements)
+        for i, (gpa, size, flags) in enumerate(elements):
+            more = i + 1 < len(taken)
+            next = taken[i + 1] if more else 0
+            self.descriptor(taken[i], gpa, size, flags | (spec.DESC_F_NEXT if more else 0), next)
+        self.offer(taken[0])
+        return taken[0], taken
+
+    def _reap(self) -> tuple[int, int] | None:
+        if self._load16(self.device + 2) == self._seen:
+            return None
+        at = self.device + 4 + 8 * (self._seen % self.size)
+        id, written = struct.unpack("<II", self.memory.read(at, 8))
+        self._seen = (self._seen + 1) & 0xFFFF
+        return id, written
+
+    def _released(self, id: int, descriptors: tuple[int, ...]) -> None:
+        self._free += descriptors
+
+    def _kick_wanted(self, added: int) -> bool:
+        if self.event_idx:
+            event = self._load16(self.device + 4 + 8 * self.size)
+            return (self.idx - 1 - event) & 0xFFFF < added
+        return not self._load16(self.device) & spec.USED_F_NO_NOTIFY
+
+
+class PackedDriver(Driver):
+    """The driver of a packed virtqueue; buffer ids are taken in no particular order."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        gpa: int,
+        size: int,
+        features: int = 0,
+        position: int = 1 << 15,
+        extent: int = 1 << 20,
+    ) -> None:
+        super().__init__(memory, gpa, size, features, (16 * size, 4, 4), extent)
+        self._ids = [i * 5 % size for i in range(size)] if size % 5 else list(range(size))
+        self._free = size
+        # Positions count on without end: the wrap counter is 1 in the even laps.
+        self._put = self._seen = (position & 0x7FFF) + (0 if position >> 15 else size)
+        if not position >> 15:  # the lap before, all used
+            for i in range(size):
+                self.descriptor(i, 0, 0, 0, spec.DESC_F_AVAIL | spec.DESC_F_USED)
+        for i in range(position & 0x7FFF):
+            self.descriptor(i, 0, 0, 0, (spec.DESC_F_AVAIL | spec.DESC_F_USED) * (position >> 15))
+
+    def descriptor(self, index: int, addr: int, size: int, id: int, flags: int) -> None:
+        """Write one descriptor of the ring, whatever it says; its flags last."""
+        self.memory.write(self.desc + 16 * index, struct.pack("<QIH", addr, size, id))
+        self._store16(self.desc + 16 * index + 14, flags)
+
+    @property
+    def free(self) -> int:
+        return self._free if self._ids else 0
+
+    def available(self, at: int) -> int:
+        """The flags that make the descriptor at position `at` available."""
+        return spec.DESC_F_AVAIL if self._wrap(at) else spec.DESC_F_USED
+
+    def interrupts(self, after: int) -> None:
+        if after and self.event_idx:
+            at = self._seen + after - 1
+            self._store16(self.driver, at % self.size | self._wrap(at) << 15)
+            self._store16(self.driver + 2, spec.RING_EVENT_FLAGS_DESC)
+        else:
+            flags = spec.RING_EVENT_FLAGS_ENABLE if after else spec.RING_EVENT_FLAGS_DISABLE
+            self._store16(self.driver + 2, flags)
+
+    def _wrap(self, at: int) -> int:
+        return 1 - at // self.size % 2
+
+    def _table(self, elements: Sequence[tuple[int, int, int]]) -> Span:
+        return self.place(b"".join(struct.pack("<QIHH", gpa, size, 0, f) for gpa, size, f in elements))
+
+    def _offer(self, elements: Sequence[tuple[int, int, int]]) -> tuple[int, tuple[int, ...]]:
+        id = self._ids.pop()
+        first, count = self._put, len(elements)
+        for i in reversed(range(count)):  # the first makes all of them available
+            gpa, size, flags = elements[i]
+            flags |= self.available(first + i) | (spec.DESC_F_NEXT if i < count - 1 else 0)
+            self.descriptor((first + i) % self.size, gpa, size, id, flags)
+        self._put += count
+        self._free -= count
+        self._added += count
+        return id, tuple((first + i) % self.size for i in range(count))
+
+    def _reap(self) -> tuple[int, int] | None:
+        at = self.desc + 16 * (self._seen % self.size)
+        both = spec.DESC_F_AVAIL | spec.DESC_F_USED
+        if self._load16(at + 14) & both != both * self._wrap(self._seen):
+            return None
+        _, written, id, flags = struct.unpack("<QIHH", self.memory.read(at, 16))
+        assert bool(flags & spec.DESC_F_WRITE) == (written > 0), f"chain {id}: WRITE, and {written} bytes"
+        return id, written
+
+    def _released(self, id: int, descriptors: tuple[int, ...]) -> None:
+        self._seen += len(descriptors)
+        self._free += len(descriptors)
+        self._ids.append(id)
+
+    def _kick_wanted(self, added: int) -> bool:
+        event, flags = struct.unpack("<HH", self.memory.read(self.device, 4))
+        if flags != spec.RING_EVENT_FLAGS_DESC:
+            return bool(flags == spec.RING_EVENT_FLAGS_ENABLE)
+        return any(
+            event == at % self.size | self._wrap(at) << 15 for at in range(self._put - added, self._put)
+        )
