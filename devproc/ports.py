@@ -7,7 +7,7 @@ fake ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 Signal = Callable[[], None]
@@ -18,6 +18,8 @@ Clock = Callable[[], int]
 
 Entropy = Callable[[int], bytes]
 """Up to that many random bytes; fewer, or none, when the host has no more now."""
+
+Buffer = bytes | bytearray | memoryview
 
 
 class HostError(Exception):
@@ -53,6 +55,75 @@ class Kick(Protocol):
 
     def listen(self, on_kick: Callable[[], None]) -> None:
         """Have `on_kick` called after an edge; several before the loop looks are one."""
+
+
+class Disk(Protocol):
+    """An image on the host.  Who calls keeps offset + size within `size`.
+
+    All of these raise OSError when the host cannot do all of it: a full or failing host, or an image that
+    someone has made shorter.
+    """
+
+    @property
+    def size(self) -> int:
+        """Bytes; a multiple of 512."""
+
+    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+        """Fill `into`."""
+
+    def write(self, offset: int, data: Sequence[memoryview]) -> None:
+        """Write `data`; it is on stable storage after the next `flush`."""
+
+    def flush(self) -> None:
+        """Put everything written so far on stable storage."""
+
+    def discard(self, offset: int, size: int) -> None:
+        """Nobody needs these bytes any more; what they read as is undefined."""
+
+    def zero(self, offset: int, size: int, *, unmap: bool) -> None:
+        """Make these bytes zeros; `unmap`: without keeping room for them, where that is possible."""
+
+
+class Link(Protocol):
+    """A queue of an Ethernet interface on the host: whole frames, each behind a `virtio_net_hdr`.
+
+    The header is the 12 bytes of virtio 1.2, section 5.1.6, whose `num_buffers` is not the link's to fill.
+    """
+
+    @property
+    def offloads(self) -> bool:
+        """Whether checksums and segmentation may be left to the host, and by it to the guest."""
+
+    @property
+    def up(self) -> bool:
+        """Whether there is still somebody at the other end; once gone it does not come back."""
+
+    def receive(self, buffers: Sequence[Buffer]) -> int:
+        """The next frame into `buffers`, one after the other: its size with header, 0 when there is none now.
+
+        One that is longer than `buffers` together is cut off, so let them have a byte more than is wanted.
+        """
+
+    def send(self, buffers: Sequence[Buffer]) -> bool | None:
+        """Send header and frame, `buffers` one after the other: True, or None if the host refuses them.
+
+        False: no room now; `on_room` will be called.
+        """
+
+    def offload(self, *, checksum: bool, tso4: bool, tso6: bool, ecn: bool) -> None:
+        """What the receiver does itself: checksums, segmentation of TCP over IPv4, over IPv6, with ECN."""
+
+    def listen(
+        self,
+        wanted: Callable[[], bool],
+        on_frame: Callable[[], None],
+        on_room: Callable[[], None],
+        on_down: Callable[[], None],
+    ) -> None:
+        """Have `on_frame` called when there may be a frame; `wanted` is asked before each wait.
+
+        `on_room` when `send` has room again, `on_down` when `up` has become false.
+        """
 
 
 class Watched:
