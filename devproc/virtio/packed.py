@@ -7,6 +7,7 @@ Left out: VIRTIO_F_IN_ORDER, VIRTIO_F_NOTIFICATION_DATA.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 from typing import Final
 
@@ -118,15 +119,24 @@ class PackedQueue:
         )
 
     def push(self, chain: Chain, written: int) -> None:
+        at, flags = self._fill(chain, written)
+        self._ring_words[at] = flags  # after all else of the descriptor, which is the driver's now
+
+    def push_together(self, used: Sequence[tuple[Chain, int]]) -> None:
+        filled = [self._fill(chain, written) for chain, written in used]
+        for at, flags in reversed(filled):  # the driver goes in order: until it sees the first it sees none
+            self._ring_words[at] = flags
+
+    def _fill(self, chain: Chain, written: int) -> tuple[int, int]:
+        """Write a used descriptor but for its flags: (which 16-bit item of the ring they are, their value)."""
         assert 0 <= written <= chain.write_size, f"{written} bytes into a chain of {chain.write_size}"
         assert chain.id in self._out, f"chain {chain.id} is not out"
         self._free += self._out.pop(chain.id)
         at, wrap = self._next_used, self._used_wrap
         _USED.pack_into(self._ring, at * DESC_SIZE + 8, min(written, 0xFFFF_FFFF), chain.id)
-        flags = (_BOTH if wrap else 0) | (DESC_F_WRITE if written else 0)
-        self._ring_words[8 * at + 7] = flags  # after all else of the descriptor, which is the driver's now
         self._next_used, self._used_wrap = self._moved(at, wrap, chain.descriptors)
         self._unannounced += chain.descriptors
+        return 8 * at + 7, (_BOTH if wrap else 0) | (DESC_F_WRITE if written else 0)
 
     def wants_interrupt(self) -> bool:
         used, self._unannounced = self._unannounced, 0
