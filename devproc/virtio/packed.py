@@ -128,7 +128,7 @@ class PackedQueue:
             self._ring_words[at] = flags
 
     def _fill(self, chain: Chain, written: int) -> tuple[int, int]:
-        """Write a used descriptor but for its flags: (which 16-bit item of the ring they are, their value)."""
+        """Write a used descriptor but for its flags: (where these are in the ring, their value)."""
         assert 0 <= written <= chain.write_size, f"{written} bytes into a chain of {chain.write_size}"
         assert chain.id in self._out, f"chain {chain.id} is not out"
         self._free += self._out.pop(chain.id)
