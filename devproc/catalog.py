@@ -18,30 +18,39 @@ FD_ACCESS: Final = 3
 FD_CONTROL: Final = 4
 FD_FIRST: Final = 5
 
+Params = dict[str, int | bytes]
+"""The values of an entry's parameters, by name."""
+
 
 @dataclass(frozen=True)
 class Descriptor:
     """A named descriptor, or array of them, and the backend that wraps it.
 
     `kind`: "signal" an eventfd written by the device; "kick" an eventfd read by it; "input" a byte source;
-    "output" a byte sink; "memory" the memfd of guest memory.  `count` makes it an array: the model gets a
-    tuple of ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST instead of FD_<NAME>.
+    "output" a byte sink; "memory" the memfd of guest memory; "disk" an image.  `count` makes it an array:
+    the model gets a tuple of ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST instead
+    of FD_<NAME>.
     """
 
     name: str
-    kind: Literal["signal", "kick", "input", "output", "memory"]
+    kind: Literal["signal", "kick", "input", "output", "memory", "disk"]
     meaning: str
     count: int | None = None
 
 
 @dataclass(frozen=True)
 class Param:
-    """A value the supervisor gives at spawn; integers lie in [low, high]."""
+    """A value the supervisor gives at spawn: an integer in [low, high], or that many bytes."""
 
     name: str
     low: int
     high: int
     meaning: str
+    type: type[int] | type[bytes] = int
+
+    def allows(self, value: int | bytes) -> bool:
+        """Whether `value` is in range."""
+        return self.low <= (len(value) if isinstance(value, bytes) else value) <= self.high
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Entry:
     sources: tuple[Literal["clock", "wall", "entropy"], ...] = ()  # of the host, without a descriptor
     virtio: Virtio | None = None
     data_mib: int = 64  # RLIMIT_DATA
-    fsize: int = 0  # RLIMIT_FSIZE in bytes: a console file is written through, so its kind says otherwise
+    fsize: int | str = 0  # RLIMIT_FSIZE in bytes, or the parameter that gives it: no file grows beyond
     without: frozenset[str] = frozenset()  # layers of the jail left out: only what tests the others does that
 
     @property
@@ -114,7 +123,7 @@ class Entry:
                 slots |= {f"{name}_FIRST": numbers[0], f"{name}_LAST": numbers[-1]}
         return slots
 
-    def check_params(self, values: tuple[Scalar, ...]) -> dict[str, int]:
+    def check_params(self, values: tuple[Scalar, ...]) -> Params:
         """Parameters by name.
 
         Raises:
@@ -122,10 +131,11 @@ class Entry:
         """
         if len(values) != len(self.params):
             raise ValueError(f"{self.name}: {len(values)} parameters, expected {len(self.params)}")
-        named: dict[str, int] = {}
+        named: Params = {}
         for p, v in zip(self.params, values, strict=True):
-            if type(v) is not int or not p.low <= v <= p.high:
-                raise ValueError(f"{self.name}: {p.name} must be an integer in [{p.low}, {p.high}]")
+            if isinstance(v, str) or type(v) is not p.type or not p.allows(v):
+                what = "an integer in" if p.type is int else "bytes of a length in"
+                raise ValueError(f"{self.name}: {p.name} must be {what} [{p.low}, {p.high}]")
             named[p.name] = v
         return named
 

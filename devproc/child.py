@@ -19,12 +19,13 @@ from typing import Any, Final, NoReturn
 
 from devproc import jail, regs, state
 from devproc.backends import memory
+from devproc.backends.disk import Disk
 from devproc.backends.entropy import entropy
 from devproc.backends.input import Input
 from devproc.backends.kick import Kick
 from devproc.backends.output import Output
 from devproc.backends.signal import Signal
-from devproc.catalog import FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, MEMORY_PARAMS, Entry
+from devproc.catalog import FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, MEMORY_PARAMS, Entry, Params
 from devproc.channel import Channel, ChannelClosed
 from devproc.ports import Device, HostError, Watched
 from devproc.wire import (
@@ -64,6 +65,7 @@ _BACKENDS: Final[dict[str, Callable[[int], Any]]] = {
     "kick": Kick,
     "input": Input,
     "output": Output,
+    "disk": Disk,
 }
 _SOURCES: Final = {"clock": time.monotonic_ns, "wall": time.time_ns, "entropy": entropy}
 
@@ -94,7 +96,7 @@ def warm_up() -> None:
     select.select([], [], [], 0)
 
 
-def main(ctx: jail.Context, model: type[Any], name: str, params: dict[str, int]) -> NoReturn:
+def main(ctx: jail.Context, model: type[Any], name: str) -> NoReturn:
     """The device process, from the moment it is the supervisor's child; leaves by `os._exit`."""
     status = 1
     control: Channel | None = None
@@ -110,7 +112,7 @@ def main(ctx: jail.Context, model: type[Any], name: str, params: dict[str, int])
         access = socket.socket(fileno=FD_ACCESS)
         control.send(Hello(VERSION, ctx.entry.name))
         ready = Ready(regs.digest(model))
-        server = Server(ctx.entry, model, params, access, control)
+        server = Server(ctx.entry, model, ctx.params, access, control)
         # A model that imports something only to be saved is found out here, not when the policy kills it.
         server.device.restore(server.device.save())
         server.device.counters()
@@ -162,7 +164,7 @@ class Server:
         self,
         entry: Entry,
         model: type[Any],
-        params: dict[str, int],
+        params: Params,
         access: socket.socket,
         control: Channel,
         first: int = FD_FIRST,

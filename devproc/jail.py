@@ -22,7 +22,7 @@ from typing import Final, Literal
 import prctl
 
 from devproc import syscalls
-from devproc.catalog import FD_FIRST, FD_LOG, Entry
+from devproc.catalog import FD_FIRST, FD_LOG, Entry, Params
 from devproc.channel import Channel
 from devproc.wire import Listener
 
@@ -85,6 +85,7 @@ class Context:
         fds: the descriptors of slots 2.., wherever they are now.
         filters: the two seccomp programs, `policies.compile.compile_notify`; None in mode "none".
         map_ids: launcher only: has the ids of the new user namespace mapped from outside, or raises OSError.
+        params: the entry's parameters, of which one may be a limit.
         control: device only: the control channel, once the slots are filled.
         namespaced: whether "namespaces" succeeded; steps that would otherwise act on the host ask.
         notes: (logging level, text) of what did not go as asked, for the control channel.
@@ -95,6 +96,7 @@ class Context:
     fds: Sequence[int]
     filters: tuple[bytes, bytes] | None
     map_ids: Callable[[], None]
+    params: Params = field(default_factory=dict)
     control: Channel | None = None
     namespaced: bool = False
     notes: list[tuple[int, str]] = field(default_factory=list)
@@ -179,10 +181,12 @@ def _root(ctx: Context) -> None:
 
 
 def _limits(ctx: Context) -> None:
+    fsize = ctx.entry.fsize if isinstance(ctx.entry.fsize, int) else ctx.params[ctx.entry.fsize]
+    assert isinstance(fsize, int)
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_DATA, ctx.entry.data_mib << 20),
-        (resource.RLIMIT_FSIZE, ctx.entry.fsize),
+        (resource.RLIMIT_FSIZE, fsize),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_NOFILE, _FD_LAUNCH),  # "seccomp" takes back all that are not held

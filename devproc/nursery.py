@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from devproc import child, jail, syscalls
-from devproc.catalog import CATALOG, FD_LOG, Entry
+from devproc.catalog import CATALOG, FD_LOG, Entry, Params
 from devproc.channel import FDS_MAX, Channel, ChannelClosed
 from devproc.wire import SPAWN_TABLE, Failed, Sender, Spawn, Spawned
 from devproc.zygote import Filters, SpawnError
@@ -173,7 +173,7 @@ def _launch(
     entry: Entry,
     mode: jail.Mode,
     name: str,
-    params: dict[str, int],
+    params: Params,
     fds: list[int],
     filters: Filters | None,
 ) -> NoReturn:
@@ -188,14 +188,14 @@ def _launch(
 
     try:
         model = child.load(entry)  # with the caller's ids, which can read it; the device's own may not
-        ctx = jail.Context(entry, mode, fds, filters, map_ids)
+        ctx = jail.Context(entry, mode, fds, filters, map_ids, params)
         jail.enter(jail.plan(mode, "launcher", entry.without), ctx)
         pid = os.fork()
         if pid == 0:
             go = link.recv(len(_GO)) == _GO
             link.close()
             if go:
-                child.main(ctx, model, name, params)
+                child.main(ctx, model, name)
             os._exit(0)
         link.send(_PID + str(pid).encode())
     except BaseException as e:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from devproc import jail
-from devproc.catalog import CATALOG, FD_LOG, Entry
+from devproc.catalog import CATALOG, Entry
 from kvmcore.errors import ConfigError
 from policies.compile import compile_notify
 from policies.parse import load
@@ -29,6 +29,7 @@ UNSEEN: Final = ("securebits", "the parent-death signal", "MDWE", "Landlock")
 _OWN: Final = "its own"
 _NONE: Final = "none"
 _CAPABILITIES: Final = ("Inh", "Prm", "Eff", "Bnd", "Amb")
+_LIMITED: Final = "limited"  # by a parameter, so each instance to its own
 _LIMITS: Final = ("core file size", "data size", "file size", "locked memory", "processes", "open files")
 _MOUNT_FLAGS: Final = ("ro", "nosuid", "nodev", "noexec")
 
@@ -123,10 +124,11 @@ class _Process:
         mask = self.status(f"Cap{which}")
         return _NONE if set(mask) == {"0"} else mask
 
-    def limit(self, name: str) -> str:
-        """Soft and hard limit; one word where they are the same."""
+    def limit(self, name: str, expected: str) -> str:
+        """Soft and hard limit; one word where they are the same, and `expected` where that says enough."""
         line = next(x for x in self.text("limits").splitlines() if x.startswith(f"Max {name} "))
-        return " ".join(dict.fromkeys(line[26:].split()[:2]))
+        found = " ".join(dict.fromkeys(line[26:].split()[:2]))
+        return _LIMITED if expected == _LIMITED and found.isdecimal() else found
 
     def mappings(self, wrong: Callable[[str, str], bool]) -> str:
         """The mappings for which `wrong` of their permissions and path is true."""
@@ -215,7 +217,8 @@ def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_P
     status = process.status
     by_root = _is_root(head)
     page = load(entry.name, entry.slots())
-    limits = (0, entry.data_mib << 20, entry.fsize, 0, 0, FD_LOG + len(entry.slots()))
+    fsize = _LIMITED if isinstance(entry.fsize, str) else entry.fsize
+    limits = [str(v) for v in (0, entry.data_mib << 20, fsize, 0, 0, entry.held)]
 
     def namespaces() -> str:
         theirs = _of_all(others, lambda p: " ".join(p.link(f"ns/{n}") for n in NAMESPACES))
@@ -268,7 +271,7 @@ def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_P
         ("root", "root directory", "empty", lambda: ", ".join(process.list("root/")) or "empty"),
         ("root", "mounts", f"/ {','.join(_MOUNT_FLAGS)}", mounts),
         *(
-            ("limits", f"limit on {name}", str(value), lambda n=name: process.limit(n))
+            ("limits", f"limit on {name}", value, lambda n=name, v=value: process.limit(n, v))
             for name, value in zip(_LIMITS, limits, strict=True)
         ),
         *_capabilities(process, _CAPABILITIES),
