@@ -90,6 +90,7 @@ class Entry:
     descriptors: tuple[Descriptor, ...] = ()
     params: tuple[Param, ...] = ()
     sources: tuple[Literal["clock", "wall", "entropy"], ...] = ()  # of the host, without a descriptor
+    settings: tuple[Param, ...] = ()  # what `Set` may change while it serves
     virtio: Virtio | None = None
     data_mib: int = 64  # RLIMIT_DATA
     fsize: int | str = 0  # RLIMIT_FSIZE in bytes, or the parameter that gives it: no file grows beyond
@@ -138,6 +139,16 @@ class Entry:
                 raise ValueError(f"{self.name}: {p.name} must be {what} [{p.low}, {p.high}]")
             named[p.name] = v
         return named
+
+    def check_setting(self, name: str, value: int) -> None:
+        """Check what a `Set` says.
+
+        Raises:
+            ValueError: there is no such setting, or the value is out of its range.
+        """
+        if not any(p.name == name and p.low <= value <= p.high for p in self.settings):
+            known = ", ".join(f"{p.name} in [{p.low}, {p.high}]" for p in self.settings)
+            raise ValueError(f"{self.name}: cannot set {name} to {value}, expected {known or 'no setting'}")
 
 
 _IRQ = Descriptor("irq", "signal", "its interrupt: an eventfd that KVM turns into an edge")

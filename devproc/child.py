@@ -47,6 +47,7 @@ from devproc.wire import (
     Restore,
     Save,
     Sender,
+    Set,
     State,
     Stats,
     Stop,
@@ -171,6 +172,7 @@ class Server:
     ) -> None:
         self._access = access
         self._control = control
+        self._entry = entry
         self._sizes = {int(r.space): r.size for r in entry.regions}
         self._watched: list[Watched] = []
         ports: dict[str, Any] = dict(params)
@@ -219,7 +221,10 @@ class Server:
                 if isinstance(message, Stop):
                     self._drain()
                     return
-                self._control.send(self._answer(message))
+                if isinstance(message, Set):
+                    self._set(message)
+                else:
+                    self._control.send(self._answer(message))
 
     def _serve_accesses(self) -> None:
         device, sizes = self.device, self._sizes
@@ -251,6 +256,13 @@ class Server:
                 return
             for fd in select.select([], pending, [], left)[1]:
                 pending[fd].on_writable(True)
+
+    def _set(self, message: Set) -> None:
+        try:
+            self._entry.check_setting(message.name, message.value)
+        except ValueError as e:
+            raise PeerError(str(e)) from None
+        self.device.set(message.name, message.value)
 
     def _answer(self, message: Message) -> Message:
         match message:

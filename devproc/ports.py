@@ -177,6 +177,9 @@ class Device(Protocol):
     def on_deadline(self, now_ns: int) -> None:
         """The deadline has passed; must move `deadline_ns` forward or clear it."""
 
+    def set(self, name: str, value: int) -> None:
+        """A setting of the catalogue entry has this value from now on; it is in its range."""
+
     def save(self) -> bytes:
         """The whole state, packed (msgpack through `devproc.state`), at most wire.STATE_MAX bytes."""
 

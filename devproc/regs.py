@@ -156,6 +156,9 @@ class Model:
     def on_deadline(self, now_ns: int) -> None:
         pass
 
+    def set(self, name: str, value: int) -> None:
+        raise AssertionError(f"no setting {name}")
+
     def counters(self) -> dict[str, int]:
         return {"unclaimed_reads": self._unclaimed_reads, "unclaimed_writes": self._unclaimed_writes}
 

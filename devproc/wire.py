@@ -24,6 +24,7 @@ STATE_MAX: Final = 60000
 TEXT_MAX: Final = 1024
 NAME_MAX: Final = 32
 PARAMS_MAX: Final = 32
+COUNTERS_MAX: Final = 32
 DIGEST_SIZE: Final = 32
 U64_MAX: Final = (1 << 64) - 1
 
@@ -74,6 +75,16 @@ def _params(v: Any) -> bool:
         type(v) is tuple
         and len(v) <= PARAMS_MAX
         and all(type(x) in (int, bool) or (type(x) in (str, bytes) and len(x) <= TEXT_MAX) for x in v)
+    )
+
+
+def _counters(v: Any) -> bool:
+    return (
+        type(v) is tuple
+        and len(v) <= 2 * COUNTERS_MAX
+        and len(v) % 2 == 0
+        and all(map(_name, v[::2]))
+        and all(map(_u64, v[1::2]))
     )
 
 
@@ -208,7 +219,7 @@ class Counters(Message):
     """Device to supervisor: (name, count, name, count...)."""
 
     tag = 24
-    checks = (_params,)
+    checks = (_counters,)
     items: tuple[Scalar, ...]
 
 
@@ -228,6 +239,16 @@ class Log(Message):
     checks = (_u32, _text(TEXT_MAX))
     level: int
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Set(Message):
+    """Supervisor to device: a setting of its catalogue entry has a new value; never answered."""
+
+    tag = 28
+    checks = (_name, _u64)
+    name: str
+    value: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +302,7 @@ MESSAGES: Final[dict[int, type[Message]]] = {
     m.tag: m
     for m in (
         Read, Write, Value, Done,
-        Hello, Ready, Ping, Pong, Save, State, Restore, Stats, Counters, Stop, Log, Failed,
+        Hello, Ready, Ping, Pong, Save, State, Restore, Stats, Counters, Stop, Log, Set, Failed,
         Spawn, Spawned, Listener,
     )
 }  # fmt: skip
@@ -338,7 +359,7 @@ def decode(frame: bytes, limit: int = CONTROL_FRAME_MAX) -> Message:
             ext_hook=_no_ext,
             max_map_len=0,
             max_ext_len=0,
-            max_array_len=PARAMS_MAX + 8,
+            max_array_len=2 * COUNTERS_MAX,  # the longest of all
             max_str_len=TEXT_MAX * 4,
             max_bin_len=STATE_MAX,
         )
@@ -441,6 +462,7 @@ CONTROL_TABLE: Final[Table] = {
     ("sealed", _D, Ready): "serving",
     ("greeted", _D, Ready): "serving",  # without a filter: only where the jail mode is not "full"
     **_SERVING,
+    **{(s, _S, Set): s for s, _, _ in _SERVING},
     **{(s, _D, Log): s for s in (*_SPEAKING, "stopping")},
     **{(s, _D, Failed): "failed" for s in ("start", *_SPEAKING, "stopping")},
     **{(s, _S, Stop): "stopping" for s in _SPEAKING},

@@ -34,6 +34,7 @@ ENTRY = Entry(
         Descriptor("bell", "kick", "edges in", 2),
     ),
     params=(Param("gain", 0, 9, "read back"),),
+    settings=(Param("gain", 0, 9, "read back"),),
     sources=("clock", "wall"),
 )
 DEADLINE = 7  # writing here sets a deadline that far ahead, in ms
@@ -94,6 +95,10 @@ class Scribe:
 
     def on_output(self) -> None:
         self.log.append(("room", self.output.room))
+
+    def set(self, name: str, value: int) -> None:
+        assert name == "gain"
+        self.gain = value
 
     def save(self) -> bytes:
         return self.state
@@ -305,6 +310,20 @@ def test_the_lifecycle_questions_are_answered(host: Host) -> None:
     ):
         host.control.send(question)
         assert host.control.recv() == answer
+
+
+def test_a_setting_is_taken_without_an_answer(host: Host) -> None:
+    host.control.send(wire.Set("gain", 7))
+    host.control.send(wire.Ping(1))
+    assert host.control.recv() == wire.Pong(1)
+    assert host.ask(wire.Read(Space.PORT, 0, 1)) == wire.Value(7)
+
+
+@pytest.mark.parametrize("wrong", [wire.Set("gain", 10), wire.Set("volume", 1)], ids=str)
+def test_a_setting_that_the_catalogue_does_not_have_ends_the_device(host: Host, wrong: wire.Set) -> None:
+    host.control.send(wrong)
+    error = host.join()
+    assert isinstance(error, PeerError) and f"cannot set {wrong.name} to {wrong.value}" in str(error)
 
 
 def test_a_state_that_is_none_is_refused_by_name(host: Host) -> None:

@@ -17,6 +17,7 @@ from devproc.wire import (
     ACCESS_TABLE,
     CONTROL_FRAME_MAX,
     CONTROL_TABLE,
+    COUNTERS_MAX,
     MESSAGES,
     PARAMS_MAX,
     SPAWN_TABLE,
@@ -41,6 +42,7 @@ space = st.integers(0, 8) | st.sampled_from(wire.Space)
 name = st.text(max_size=wire.NAME_MAX)
 text = st.text(max_size=200)
 params = st.lists(u64 | st.booleans() | text | st.binary(max_size=64), max_size=PARAMS_MAX).map(tuple)
+counters = st.dictionaries(name, u64, max_size=COUNTERS_MAX).map(lambda c: sum(c.items(), ()))
 state = st.binary(max_size=200) | st.just(bytes(STATE_MAX))
 
 FIELDS: dict[type[Message], tuple[st.SearchStrategy[Any], ...]] = {
@@ -56,8 +58,9 @@ FIELDS: dict[type[Message], tuple[st.SearchStrategy[Any], ...]] = {
     wire.State: (state,),
     wire.Restore: (state,),
     wire.Stats: (),
-    wire.Counters: (params,),
+    wire.Counters: (counters,),
     wire.Stop: (),
+    wire.Set: (name, u64),
     wire.Log: (u32, text),
     wire.Failed: (text,),
     wire.Spawn: (name, name, u32, name, params),
@@ -139,8 +142,10 @@ def test_a_value_that_does_not_fit_is_our_bug(value: Any, size: int) -> None:
         wire.Log(20, "\ud800"),
         wire.State(bytes(STATE_MAX + 1)),
         wire.Ready(bytes(33)),
-        wire.Counters((1 << 64,)),
-        wire.Counters((1,) * (PARAMS_MAX + 1)),
+        wire.Counters(("x", 1 << 64)),
+        wire.Counters(("x",)),
+        wire.Counters((1, 1)),
+        wire.Counters(("x", 1) * (COUNTERS_MAX + 1)),
         wire.Hello(1, b"bytes"),  # type: ignore[arg-type]
     ],
     ids=repr,
@@ -187,6 +192,8 @@ def test_no_access_message_is_longer_than_its_limit() -> None:
 def test_a_message_with_all_fields_at_their_limit_fits_its_frame() -> None:
     full = wire.Spawn("é" * 32, "é" * 32, (1 << 32) - 1, "é" * 32, ("x" * TEXT_MAX,) * PARAMS_MAX)
     assert decode(encode(full)) == full
+    most = wire.Counters(("é" * 32, U64_MAX) * COUNTERS_MAX)
+    assert decode(encode(most)) == most
     assert len(encode(wire.State(bytes(STATE_MAX)))) <= CONTROL_FRAME_MAX
 
 
@@ -214,6 +221,14 @@ def test_a_device_greets_seals_itself_and_serves() -> None:
         (S, wire.Ping(1)), (D, wire.Pong(1)), (S, wire.Save()), (D, wire.State(b"")), (S, wire.Stats()),
         (D, wire.Counters(())), (S, wire.Restore(b"")), (D, wire.Done()),
     ) == "serving"  # fmt: skip
+
+
+def test_a_setting_may_come_between_a_question_and_its_answer() -> None:
+    serving = (D, wire.Hello(1, "")), (D, wire.Ready(b""))
+    setting = (S, wire.Set("gain", 1))
+    assert walk(CONTROL_TABLE, "start", *serving, (S, wire.Ping(1)), setting, setting) == "pinged"
+    with pytest.raises(WireError, match="Set in state greeted"):
+        walk(CONTROL_TABLE, "start", serving[0], setting)
 
 
 def test_answers_already_on_their_way_may_follow_stop() -> None:
