@@ -62,8 +62,7 @@ class Channel:
             ChannelClosed: the other end is gone.
             TimeoutError: the socket has a timeout and the peer did not drain it.
         """
-        frame = encode(message, self._limit)
-        self.conversation.advance(self._me, message)
+        frame = self.frame(message)
         try:
             if fds:
                 socket.send_fds(self.sock, [frame], list(fds))
@@ -71,6 +70,16 @@ class Channel:
                 self.sock.send(frame)
         except (BrokenPipeError, ConnectionResetError):
             raise ChannelClosed from None
+
+    def frame(self, message: Message) -> bytes:
+        """What `send` sends, for whoever must send it in another way.
+
+        Raises:
+            WireError: the message is not valid, or not allowed now.
+        """
+        frame = encode(message, self._limit)
+        self.conversation.advance(self._me, message)
+        return frame
 
     def recv(self) -> Message:
         """The next message; descriptors sent along are discarded by the kernel.

@@ -25,10 +25,11 @@ from devproc import syscalls
 from devproc.catalog import FD_FIRST, FD_LOG, Entry, Params
 from devproc.channel import Channel
 from devproc.wire import Listener
+from policies.compile import SETUP_MARK
 
 INSIDE_ID: Final = 1  # the only uid and gid that exist in the jail; not 0, so nothing there is ever "root"
 SETUP_CALLS: Final = ("seccomp", "sendmsg", "close", "prlimit64")
-"""What the first filter lets through beyond the policy, for the step that loads the second."""
+"""What the first filter lets through beyond the policy, marked, for the step that loads the second."""
 
 _NAMESPACES: Final = (
     syscalls.CLONE_NEWUSER
@@ -249,10 +250,12 @@ def _seccomp(ctx: Context) -> None:
     assert ctx.filters is not None and ctx.control is not None
     first, second = ctx.filters
     listener = syscalls.seccomp_load(first, syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER)
-    ctx.control.send(Listener(), [listener])
-    os.close(listener)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (ctx.entry.held, ctx.entry.held))
-    syscalls.seccomp_load(second)
+    # The mark tells these calls from the same ones made later, which the listener is told of.
+    frame = ctx.control.frame(Listener())
+    syscalls.send_descriptor(ctx.control.fileno(), frame, listener, SETUP_MARK)
+    syscalls.close(listener, SETUP_MARK)
+    syscalls.limit(resource.RLIMIT_NOFILE, ctx.entry.held, SETUP_MARK)
+    syscalls.seccomp_load(second, mark=SETUP_MARK)
 
 
 def _numbers(fds: range) -> str:

@@ -1,13 +1,14 @@
 """Linux system calls that Python 3.11 does not wrap, x86-64, each raising OSError with the call's name.
 
 Spec: the Linux manual pages, section 2, of the same names.  Left out: everything `os`, `resource`,
-`fcntl` or python-prctl already offer.
+`fcntl` or python-prctl already offer, unless it has to carry a mark.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import struct
 from typing import Final
 
@@ -44,12 +45,15 @@ SECCOMP_SET_MODE_FILTER: Final = 1
 SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 
 _NR: Final = {
+    "close": 3,
+    "sendmsg": 46,
     "capset": 126,
     "pivot_root": 155,
     "prctl": 157,
     "mount": 165,
     "umount2": 166,
     "unshare": 272,
+    "prlimit64": 302,
     "fallocate": 285,
     "seccomp": 317,
     "close_range": 436,
@@ -137,6 +141,26 @@ def seccomp_load(program: bytes, flags: int = 0, mark: int = 0) -> int:
     code = ctypes.create_string_buffer(program, len(program))
     fprog = struct.pack("=H6xQ", len(program) // _BPF_INSN_SIZE, ctypes.addressof(code))
     return _call("seccomp", SECCOMP_SET_MODE_FILTER, flags, fprog, 0, 0, mark)
+
+
+def send_descriptor(sock: int, frame: bytes, fd: int, mark: int) -> None:
+    """Send `frame` by `sock` with `fd` as SCM_RIGHTS; `mark`: see `seccomp_load`."""
+    data = ctypes.create_string_buffer(frame, len(frame))
+    vector = ctypes.create_string_buffer(struct.pack("=QQ", ctypes.addressof(data), len(frame)))
+    header = struct.pack("=Qiii4x", socket.CMSG_LEN(4), socket.SOL_SOCKET, socket.SCM_RIGHTS, fd)
+    control = ctypes.create_string_buffer(header, len(header))
+    at = ctypes.addressof(vector), 1, ctypes.addressof(control), len(header)
+    _call("sendmsg", sock, struct.pack("=QI4xQQQQi4x", 0, 0, *at, 0), 0, 0, 0, mark)
+
+
+def close(fd: int, mark: int) -> None:
+    """close(2); `mark`: see `seccomp_load`."""
+    _call("close", fd, 0, 0, 0, 0, mark)
+
+
+def limit(resource: int, value: int, mark: int) -> None:
+    """Set the soft and hard limit on a RLIMIT_ `resource`; `mark`: see `seccomp_load`."""
+    _call("prlimit64", 0, resource, struct.pack("=QQ", value, value), None, 0, mark)
 
 
 def landlock_deny_all() -> int:

@@ -11,11 +11,15 @@ from typing import Final, NamedTuple
 
 from policies import bpf
 from policies.errors import Diagnostic, Place, PolicyError
-from policies.policy import U64_MAX, Atom, Policy, Rule
+from policies.policy import U64_MAX, Atom, Op, Policy, Rule
 from policies.syscalls import AUDIT_ARCH_X86_64, SYSCALLS, X32_BIT
 
 SETUP: Final = ("seccomp", "sendmsg", "close", "prctl")
 """What a process still does between loading the two filters of `compile_notify`."""
+SETUP_MARK: Final = 0x7365616C_6A61696C
+"""The sixth argument of such a call: none of them has one, so the kernel ignores it, but a filter sees it."""
+
+_MARK_ARG: Final = 5
 
 
 class _Chain(NamedTuple):
@@ -38,19 +42,23 @@ def compile_single(policy: Policy) -> bytes:
 def compile_notify(policy: Policy, setup: Sequence[str] = SETUP) -> tuple[bytes, bytes]:
     """The policy as two filters, to be loaded in this order.
 
-    The first allows the policy and the `setup` calls and is loaded with SECCOMP_FILTER_FLAG_NEW_LISTENER:
-    what it does not allow waits for the listener, who learns number and arguments and kills.  The second,
-    loaded when the listener has been sent away, is KILL_PROCESS for setup calls that the policy does not
-    allow.  Foreign architectures and x32 are KILL_PROCESS in both.
+    The first allows the policy, and `setup` calls with SETUP_MARK, and is loaded with
+    SECCOMP_FILTER_FLAG_NEW_LISTENER: what it does not allow waits for the listener, who learns number and
+    arguments and kills.  The second, loaded when the listener has been sent away, is KILL_PROCESS for setup
+    calls with the mark.  Foreign architectures and x32 are KILL_PROCESS in both.
 
     Raises:
         PolicyError: a filter is longer than the kernel takes.
     """
     calls = policy.by_call()
     first = {name: _Chain(rules, bpf.USER_NOTIF) for name, rules in calls.items()}
-    first |= {name: _Chain((), bpf.ALLOW) for name in setup}
-    second = {name: _Chain(calls.get(name, ()), bpf.KILL_PROCESS) for name in setup}
+    first |= {n: _Chain((_marked(n, "=="), *calls.get(n, ())), bpf.USER_NOTIF) for n in setup}
+    second = {n: _Chain((_marked(n, "!="),), bpf.KILL_PROCESS) for n in setup}
     return _program(policy.name, first, bpf.USER_NOTIF), _program(policy.name, second, bpf.ALLOW)
+
+
+def _marked(name: str, op: Op) -> Rule:
+    return Rule(name, ((Atom(_MARK_ARG, op, SETUP_MARK),),), 0, "", Place(name, 1))
 
 
 def _program(name: str, chains: Mapping[str, _Chain], unlisted: int) -> bytes:

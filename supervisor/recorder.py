@@ -3,8 +3,6 @@
 Spec: seccomp_unotify(2).  The process sits in its whole jail but for its policy: a filter of its own hands
 each call to a thread here, which writes it to a file and then lets the kernel go on with it.  This is the one
 place that answers "continue".  The kernel reads memory again after that, so nothing here is a defence.
-Left out: sendmsg, by which the jail sends the listener away, before anybody listens; a device that
-calls it later is killed.
 """
 
 from __future__ import annotations

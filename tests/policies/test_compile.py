@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies import bpf
-from policies.compile import SETUP, compile_notify, compile_single
+from policies.compile import SETUP, SETUP_MARK, compile_notify, compile_single
 from policies.errors import Place, PolicyError
 from policies.parse import parse
 from policies.policy import OPS, Atom, Policy, Rule
@@ -58,10 +58,9 @@ def test_a_filter_agrees_with_its_tree(policy: Policy, seed: int) -> None:
 @given(policies(), st.integers())
 def test_the_pair_of_filters_is_the_single_one_that_notifies(policy: Policy, seed: int) -> None:
     pair, single = compile_notify(policy), compile_single(policy)
-    setup = {SYSCALLS[name] for name in SETUP}
     for nr, args in calls_of(policy, seed):
         expected = simulate(single, nr, args)
-        if expected == bpf.KILL_PROCESS and nr not in setup:
+        if expected == bpf.KILL_PROCESS:
             expected = bpf.USER_NOTIF
         assert simulate_stack(pair, nr, args) == expected
 
@@ -74,14 +73,19 @@ def test_foreign_architectures_and_x32_are_killed_by_every_filter(policy: Policy
             assert simulate(program, nr | X32_BIT) == bpf.KILL_PROCESS
 
 
-def test_between_the_two_filters_setup_is_possible() -> None:
+def test_between_the_two_filters_marked_setup_is_possible_and_then_it_kills() -> None:
     first, second = compile_notify(parse("close: arg0 == 9"))
     for name in SETUP:
-        assert simulate(first, SYSCALLS[name], [3]) == bpf.ALLOW
-        assert simulate(second, SYSCALLS[name], [3]) == bpf.KILL_PROCESS
-    assert simulate(second, SYSCALLS["close"], [9]) == bpf.ALLOW
-    assert simulate(first, SYSCALLS["socket"]) == bpf.USER_NOTIF
-    assert simulate(second, SYSCALLS["socket"]) == bpf.ALLOW
+        for args, before, after in (
+            ([3, 0, 0, 0, 0, SETUP_MARK], bpf.ALLOW, bpf.KILL_PROCESS),
+            ([9, 0, 0, 0, 0, SETUP_MARK], bpf.ALLOW, bpf.KILL_PROCESS),
+            ([3], bpf.USER_NOTIF, bpf.ALLOW),
+            ([3, 0, 0, 0, 0, SETUP_MARK & 0xFFFF_FFFF], bpf.USER_NOTIF, bpf.ALLOW),
+        ):
+            assert simulate(first, SYSCALLS[name], args) == before
+            assert simulate(second, SYSCALLS[name], args) == after
+    assert simulate_stack((first, second), SYSCALLS["close"], [9]) == bpf.ALLOW
+    assert simulate_stack((first, second), SYSCALLS["socket"], [0, 0, 0, 0, 0, SETUP_MARK]) == bpf.USER_NOTIF
 
 
 def test_an_errno_rule_on_a_setup_call_survives_the_pair() -> None:

@@ -14,7 +14,7 @@ import pytest
 from devproc import jail, syscalls
 from devproc.catalog import CATALOG
 from kvmcore.errors import ConfigError
-from policies.compile import compile_notify
+from policies.compile import SETUP_MARK, compile_notify
 from policies.parse import load
 from policies.syscalls import NAMES, SYSCALLS
 from supervisor.recorder import Recorder
@@ -35,7 +35,7 @@ def fate(
             jail.forbid_gain()
             first, second = recorder.filters(PVPANIC)
             listener = syscalls.seccomp_load(first, syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER)
-            socket.send_fds(theirs, [b"."], [listener])
+            syscalls.send_descriptor(theirs.fileno(), b".", listener, SETUP_MARK)
             os.close(listener)
             syscalls.seccomp_load(second)
             act()
@@ -134,11 +134,16 @@ def test_what_no_policy_may_allow_is_not_done(recorder: Recorder, path: Path) ->
     ]
 
 
-def test_sending_descriptors_kills_instead_of_going_on_unseen(recorder: Recorder) -> None:
+@pytest.mark.parametrize(("mark", "end"), [(0, 0), (SETUP_MARK, -signal.SIGSYS)])
+def test_sending_descriptors_is_recorded_and_as_the_jail_does_it_kills(
+    recorder: Recorder, path: Path, mark: int, end: int
+) -> None:
     def act() -> None:
-        ctypes.CDLL(None).sendmsg(4, None, 0)
+        with pytest.raises(OSError):
+            syscalls.send_descriptor(77, b".", 0, mark)
 
-    assert fate(recorder, act) == -signal.SIGSYS
+    assert fate(recorder, act) == end
+    assert ("sendmsg" in [name for name, _ in recorded(path)]) == (not mark)
 
 
 def test_records_that_cannot_be_written_fail_every_call(said: list[str]) -> None:
