@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+from devproc.virtio import spec
 from devproc.wire import Scalar, Space
 
 FD_LOG: Final = 2
@@ -89,7 +90,7 @@ class Entry:
     regions: tuple[Region, ...]
     descriptors: tuple[Descriptor, ...] = ()
     params: tuple[Param, ...] = ()
-    sources: tuple[Literal["clock", "wall", "entropy"], ...] = ()  # of the host, without a descriptor
+    sources: tuple[Literal["clock", "wall", "entropy", "log"], ...] = ()  # of the host, without a descriptor
     settings: tuple[Param, ...] = ()  # what `Set` may change while it serves
     virtio: Virtio | None = None
     data_mib: int = 64  # RLIMIT_DATA
@@ -159,6 +160,39 @@ MEMORY_PARAMS: Final = (
 """First of the parameters of every entry that has guest memory."""
 
 
+RNG: Final = Virtio(spec.ID_ENTROPY, 0x00FF00, (256,))
+BLOCK: Final = Virtio(spec.ID_BLOCK, 0x018000, (256,) * 4)
+
+
+def virtio_entry(
+    name: str,
+    summary: str,
+    model: str,
+    virtio: Virtio,
+    *,
+    descriptors: tuple[Descriptor, ...] = (),
+    params: tuple[Param, ...] = (),
+    sources: tuple[Literal["clock", "wall", "entropy", "log"], ...] = (),
+    **more: Any,
+) -> Entry:
+    """The entry of a virtio function: what all have, then its own; the module is named after `name`."""
+    return Entry(
+        name,
+        summary,
+        f"devproc.devices.{name.replace('-', '_')}",
+        model,
+        regions=(
+            Region(Space.CONFIG, 4096, "configuration space"),
+            Region(Space.BAR0, spec.BAR_MSIX_TABLE, "all of the BAR but MSI-X"),
+        ),
+        descriptors=(*virtio_descriptors(virtio), *descriptors),
+        params=(*MEMORY_PARAMS, *params),
+        sources=("log", *sources),
+        virtio=virtio,
+        **more,
+    )
+
+
 def virtio_descriptors(virtio: Virtio) -> tuple[Descriptor, ...]:
     """The descriptors every virtio function has, in order; its own follow."""
     return (
@@ -220,6 +254,23 @@ CATALOG: Final[dict[str, Entry]] = {
             "pvpanic", "the guest's word that it has panicked", "devproc.devices.pvpanic", "PvPanic",
             regions=(Region(Space.PORT, 1, "events"),),
             descriptors=(Descriptor("panic", "signal", "tells the supervisor that the guest panicked"),),
+        ),
+        virtio_entry("virtio-rng", "random numbers", "VirtioRng", RNG, sources=("entropy",)),
+        virtio_entry(
+            "virtio-blk", "disk", "VirtioBlk", BLOCK,
+            descriptors=(Descriptor("disk", "disk", "the image"),),
+            params=(
+                Param("read_only", 0, 1, "writes are refused"),
+                Param("sparse", 0, 1, "room that the guest gives back goes back to the host"),
+                Param("block_size", 512, 4096, "bytes in a block, a hint for the guest"),
+                Param("queues", 1, len(BLOCK.queue_sizes), "queues that the guest may use"),
+                Param("bps", 0, 1 << 40, "bytes a second, 0 without limit"),
+                Param("iops", 0, 1 << 40, "requests a second, 0 without limit"),
+                Param("id", 0, 20, "the answer to GET_ID", bytes),
+                Param("fsize", 0, 1 << 62, "bytes that the image may have"),
+            ),
+            sources=("clock",),
+            fsize="fsize",
         ),
     )
 }  # fmt: skip

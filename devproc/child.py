@@ -61,6 +61,7 @@ from devproc.wire import (
 _BURST: Final = 64  # posted writes taken in a row before the other descriptors get their turn
 _LINGER_S: Final = 1.0  # how long Stop waits for the host to take what the guest has sent
 _LOG_MAX: Final = 4096  # a pipe takes this in one piece
+_WARNING: Final = 30  # as in the logging module
 _BACKENDS: Final[dict[str, Callable[[int], Any]]] = {
     "signal": Signal,
     "kick": Kick,
@@ -183,7 +184,8 @@ class Server:
             backends = tuple(map(_BACKENDS[d.kind], fds))
             self._watched += [b for b in backends if isinstance(b, Watched)]
             ports[d.name] = backends[0] if d.count is None else backends
-        self.device: Device = model(**ports, **{s: _SOURCES[s] for s in entry.sources})
+        sources = {**_SOURCES, "log": self._say}
+        self.device: Device = model(**ports, **{s: sources[s] for s in entry.sources})
 
     def serve(self) -> None:
         """Serve until `Stop`.
@@ -247,6 +249,9 @@ class Server:
             if not posted:
                 send(DONE_FRAME)
                 return
+
+    def _say(self, text: str) -> None:
+        self._control.send(Log(_WARNING, text[:TEXT_MAX]))
 
     def _drain(self) -> None:
         until = time.monotonic() + _LINGER_S

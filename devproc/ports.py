@@ -21,6 +21,9 @@ Entropy = Callable[[int], bytes]
 
 Buffer = bytes | bytearray | memoryview
 
+Say = Callable[[str], None]
+"""One line for the user, with the device's name before it."""
+
 
 class HostError(Exception):
     """The host's end of a port is gone, and the device cannot go on without; one line."""

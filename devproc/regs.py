@@ -4,8 +4,8 @@ A model lists its registers in `TABLES`.  For each register it either lets the t
 (`stored`) or has a method `read_NAME` / `write_NAME`; a name that is missing or matches no register is a
 TypeError when the class is defined, that is, at import.  Accesses are little-endian and byte-addressed:
 one that is exactly a register is one call, any other is split into byte accesses at successive offsets,
-as an 8-bit ISA device or a PCI function would see it.  What no register claims floats (`Table.hole`);
-writes there vanish; both are counted.
+as an 8-bit ISA device or a PCI function would see it.  A register wider than a byte that is not stored takes
+writes only whole.  What no register claims floats (`Table.hole`); other writes vanish; both are counted.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class Table:
 class _Bank:
     """The dispatch of one bank: per byte offset, and per (offset, size) for whole wide registers."""
 
-    read: list[Reader]
-    write: list[Writer]
+    table: Table
+    read: dict[int, Reader]
+    write: dict[int, Writer]
     read_whole: dict[tuple[int, int], Reader]
     write_whole: dict[tuple[int, int], Writer]
 
@@ -91,6 +92,8 @@ class Model:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if not cls.TABLES:  # a base of several models
+            return
         wanted: set[str] = set()
         allowed: set[str] = set()
         for table in cls.TABLES:
@@ -124,23 +127,25 @@ class Model:
     def read(self, space: int, offset: int, size: int) -> int:
         bank = self._now[space]
         if size == 1:
-            return bank.read[offset]() if offset < len(bank.read) else self._float(0xFF)
+            reader = bank.read.get(offset)
+            return reader() if reader is not None else self._float(bank.table, offset)
         whole = bank.read_whole.get((offset, size))
         if whole is not None:
             return whole()
         value = 0
-        for shift in range(0, 8 * size, 8):
-            value |= (bank.read[offset]() if offset < len(bank.read) else self._float(0xFF)) << shift
-            offset += 1
+        for i in range(size):
+            reader = bank.read.get(offset + i)
+            value |= (reader() if reader is not None else self._float(bank.table, offset + i)) << 8 * i
         return value
 
     def write(self, space: int, offset: int, size: int, data: int) -> None:
         bank = self._now[space]
         if size == 1:
-            if offset < len(bank.write):
-                bank.write[offset](data & 0xFF)
+            writer = bank.write.get(offset)
+            if writer is not None:
+                writer(data & 0xFF)
             else:
-                self._vanish(data)
+                self._unclaimed_writes += 1
             return
         whole = bank.write_whole.get((offset, size))
         if whole is not None:
@@ -183,16 +188,12 @@ class Model:
         """Take values that `check_stored` has passed; no `write_NAME` is called."""
         self.stored.update(zip(self.stored, values, strict=True))
 
-    def _float(self, value: int) -> int:
+    def _float(self, table: Table, offset: int) -> int:
         self._unclaimed_reads += 1
-        return value
-
-    def _vanish(self, _data: int) -> None:
-        self._unclaimed_writes += 1
+        return table.hole if offset < table.size else 0xFF
 
     def _bind(self, table: Table, bank: str) -> _Bank:
-        hole = partial(self._float, table.hole)
-        bound = _Bank([hole] * table.size, [self._vanish] * table.size, {}, {})
+        bound = _Bank(table, {}, {}, {}, {})
         for r in table.registers:
             if r.when not in ("", bank):
                 continue
@@ -219,7 +220,11 @@ class Model:
     def _bind_writer(self, bound: _Bank, r: Register) -> None:
         if not r.stored:
             method = getattr(self, f"write_{r.via or r.name}")
-            bound.write[r.offset] = partial(method, r.offset) if r.via else method
+            writer = partial(method, r.offset) if r.via else method
+            if r.size == 1:
+                bound.write[r.offset] = writer
+            else:
+                bound.write_whole[r.offset, r.size] = writer
             return
         hook: Writer | None = getattr(self, f"write_{r.name}", None)
         if r.size > 1:
@@ -261,8 +266,6 @@ def _check_layout(model: str, table: Table) -> None:
     for r in table.registers:
         if r.offset < 0 or r.offset + r.size > table.size:
             raise TypeError(f"{model}.{r.name} lies outside its {table.size} bytes")
-        if r.size > 1 and not r.stored and r.access != "RO":
-            raise TypeError(f"{model}.{r.name}: a writable register wider than a byte must be stored")
         if (r.mask | r.reset) >> 8 * r.size:
             raise TypeError(f"{model}.{r.name}: mask or reset value is wider than the register")
         for verb in _verbs(r):
@@ -299,7 +302,7 @@ def describe(model: type[Model]) -> str:
 def _lines(table: Table) -> Iterator[str]:
     space = "behind the index register" if table.space == INDEXED else Space(table.space).name
     yield f"{space}: {table.size} bytes; elsewhere reads {table.hole:#04x}"
-    yield f"  {'offset':<9} {'name':<16} {'size':<4} {'access':<6} {'reset':<10} {'mask':<10} meaning"
+    yield f"  {'offset':<9} {'name':<22} {'size':<4} {'access':<6} {'reset':<10} {'mask':<10} meaning"
     run: list[Register] = []
     for r in [*table.registers, None]:
         if r is not None and run and r.offset == run[-1].offset + 1 and _alike(r, run[-1]):
@@ -320,5 +323,5 @@ def _line(run: list[Register]) -> str:
     name = r.name + (f"..{last.name}" if len(run) > 1 else "")
     note = f" [{r.when}]" if r.when else ""
     reset, mask = (f"{v:#0{2 + 2 * r.size}x}" for v in (r.reset, r.writable))
-    columns = f"{where:<9} {name:<16} {r.size:<4} {r.access:<6} {reset:<10} {mask:<10}"
+    columns = f"{where:<9} {name:<22} {r.size:<4} {r.access:<6} {reset:<10} {mask:<10}"
     return f"  {columns} {r.meaning}{note} ({r.section})"

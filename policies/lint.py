@@ -102,20 +102,32 @@ def _findings(name: str, rule: Rule, earlier: Sequence[Rule], slots: bool) -> It
 
 def _clause_findings(name: str, clause: Clause) -> Iterator[str]:
     arguments = ARGUMENTS.get(name)
+    arrays = _arrays(clause)
     for atom in clause:
         if arguments is not None and atom.arg >= len(arguments):
             yield f"{name} has {len(arguments)} arguments, there is no arg{atom.arg}"
         elif arguments is not None and arguments[atom.arg].is_32_bit:
-            if atom.op in ("!=", ">", ">="):
+            if atom.op in ("!=", ">", ">=") and atom not in arrays:
                 yield f"`{atom}`: the kernel ignores this argument's upper half, so setting it passes"
             elif atom.value >> 32 and atom.op in ("==", "<", "<="):
                 yield f"`{atom}`: the C library decides whether the upper half of a 32-bit argument is set"
         if name in DESCRIPTOR_NEEDED and atom.arg == 0 and not atom.spelled.startswith("FD_"):
             yield f"`{atom}`: write the descriptor's name, FD_..."
-        if name in DESCRIPTOR_NEEDED and atom.arg == 0 and atom.op != "==":
-            yield f"`{atom}`: compare a descriptor with =="
+        if name in DESCRIPTOR_NEEDED and atom.arg == 0 and atom.op != "==" and atom not in arrays:
+            yield f"`{atom}`: compare a descriptor with ==, an array with >= its FIRST and <= its LAST"
         if atom.op == "&" and atom.value.bit_count() > 1:
             yield f"`{atom}` holds if any of the {atom.value.bit_count()} bits is set: write one & for each"
+
+
+def _arrays(clause: Clause) -> set[Atom]:
+    """The comparisons that together say: one of an array of descriptors."""
+    lows = {a.spelled.removesuffix("_FIRST"): a for a in clause if a.op == ">=" and _is_slot(a, "_FIRST")}
+    highs = {a.spelled.removesuffix("_LAST"): a for a in clause if a.op == "<=" and _is_slot(a, "_LAST")}
+    return {a for name in lows.keys() & highs.keys() for a in (lows[name], highs[name])}
+
+
+def _is_slot(atom: Atom, end: str) -> bool:
+    return atom.spelled.startswith("FD_") and atom.spelled.endswith(end)
 
 
 def _vectors(atoms: Sequence[Atom]) -> Iterator[tuple[int, ...]]:

@@ -56,7 +56,9 @@ class Queue(Protocol):
     descriptor, driver and device areas, and raises ChainError for areas that no driver may give.
     """
 
-    size: int
+    @property
+    def size(self) -> int:
+        """Entries, or in a packed ring descriptors."""
 
     def pop(self) -> Chain | None:
         """The next chain that the driver has made available, in its order.

@@ -180,7 +180,6 @@ def test_stored_values_a_guest_cannot_have_made_are_refused(
         ((constant("X", 8),), "outside"),
         ((constant("X", 7, size=2),), "outside"),
         ((constant("X", 0, mask=0x100),), "wider"),
-        ((Register("X", 0, "RW", "", "", size=2),), "must be stored"),
         ((constant("X", 0), constant("X", 1)), "same name"),
         ((constant("X", 0), constant("Y", 0)), "both read"),
         ((constant("X", 0), constant("Y", 0, when="A")), "both read"),
