@@ -80,10 +80,11 @@ def test_items_wider_than_a_byte_count_as_bytes(memory: GuestMemory) -> None:
     assert memory.read(0, 9) == b"abcdefgh\0"
 
 
-@given(st.integers(-PAGE, 20 * PAGE), st.integers(0, 20 * PAGE))
+@given(st.integers(-PAGE, 20 * PAGE), st.integers(-PAGE, 20 * PAGE))
 def test_an_access_works_exactly_where_every_byte_is_ram(gpa: int, size: int) -> None:
     memory = GuestMemory.create(RANGES)
-    inside = any(start <= gpa and gpa + size <= start + length for start, length in RANGES)
+    inside = size >= 0 and any(start <= gpa <= gpa + size <= start + length for start, length in RANGES)
+    assert memory.holds(gpa, size) == inside
     try:
         assert memory.read(gpa, size) == bytes(size)
         assert inside
@@ -102,6 +103,41 @@ def test_a_file_is_read_straight_to_its_place(memory: GuestMemory, tmp_path: Pat
         with pytest.raises(MemoryFault):
             memory.pread_from(f.fileno(), 0, 4 * PAGE - 4, 10)
     assert memory.read(4 * PAGE - 4, 4) == bytes(4)
+
+
+SPANS = ((PAGE - 2, 4), (17 * PAGE, 3), (0, 2))
+
+
+def test_views_are_the_memory_itself(memory: GuestMemory, tmp_path: Path) -> None:
+    views = memory.views(SPANS)
+    assert [v.nbytes for v in views] == [4, 3, 2]
+    (tmp_path / "file").write_bytes(b"abcdefghi")
+    with open(tmp_path / "file", "rb") as f:
+        assert os.preadv(f.fileno(), views, 0) == 9
+    assert [memory.read(*s) for s in SPANS] == [b"abcd", b"efg", b"hi"]
+    del views
+
+
+def test_copies_go_over_span_after_span(memory: GuestMemory) -> None:
+    assert memory.copy_in(SPANS, b"abcdefghi!") == 9
+    assert [memory.read(*s) for s in SPANS] == [b"abcd", b"efg", b"hi"]
+    assert memory.copy_in(SPANS, memoryview(b"ABCDEF")) == 6
+    assert [memory.read(*s) for s in SPANS] == [b"ABCD", b"EFg", b"hi"]
+    for limit in range(11):
+        assert memory.copy_out(SPANS, limit) == b"ABCDEFghi"[:limit]
+    assert memory.copy_in(SPANS, b"") == 0
+
+
+def test_a_span_that_is_not_wholly_ram_faults(memory: GuestMemory) -> None:
+    bad = (4 * PAGE - 1, 2)
+    for call in (
+        lambda: memory.views([(0, 4), bad]),
+        lambda: memory.copy_out([(0, 4), bad], 9),
+        lambda: memory.copy_in([(0, 4), bad], b"123456"),
+    ):
+        with pytest.raises(MemoryFault) as fault:
+            call()
+        assert (fault.value.gpa, fault.value.size) == bad
 
 
 def test_the_host_address_is_where_the_bytes_are(memory: GuestMemory) -> None:
