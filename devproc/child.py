@@ -13,9 +13,9 @@ import select
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 from devproc import jail, regs, state
 from devproc.backends import memory
@@ -58,6 +58,7 @@ from devproc.wire import (
     encode_value,
 )
 
+EXTRA_FDS: Final = 0  # nursery.Program
 _BURST: Final = 64  # posted writes taken in a row before the other descriptors get their turn
 _LINGER_S: Final = 1.0  # how long Stop waits for the host to take what the guest has sent
 _LOG_MAX: Final = 4096  # a pipe takes this in one piece
@@ -69,7 +70,7 @@ _BACKENDS: Final[dict[str, Callable[[int], Any]]] = {
     "output": Output,
     "disk": Disk,
 }
-_SOURCES: Final = {"clock": time.monotonic_ns, "wall": time.time_ns, "entropy": entropy}
+SOURCES: Final = {"clock": time.monotonic_ns, "wall": time.time_ns, "entropy": entropy}
 
 
 def load(entry: Entry) -> type[Any]:
@@ -98,8 +99,25 @@ def warm_up() -> None:
     select.select([], [], [], 0)
 
 
-def main(ctx: jail.Context, model: type[Any], name: str) -> NoReturn:
-    """The device process, from the moment it is the supervisor's child; leaves by `os._exit`."""
+class Serving(Protocol):
+    """What a device process does once it is sealed; `Server` where there is a guest."""
+
+    device: Device
+
+    def serve(self) -> None:
+        """Until `Stop`; raises as `Server.serve` does."""
+
+
+def main(
+    ctx: jail.Context,
+    model: type[Any],
+    name: str,
+    serving: Callable[[Entry, type[Any], Params, socket.socket, Channel], Serving] | None = None,
+) -> NoReturn:
+    """The device process, from the moment it is the supervisor's child; leaves by `os._exit`.
+
+    `serving` takes the arguments of `Server`, which it is in place of.
+    """
     status = 1
     control: Channel | None = None
     try:
@@ -114,7 +132,7 @@ def main(ctx: jail.Context, model: type[Any], name: str) -> NoReturn:
         access = socket.socket(fileno=FD_ACCESS)
         control.send(Hello(VERSION, ctx.entry.name))
         ready = Ready(regs.digest(model))
-        server = Server(ctx.entry, model, ctx.params, access, control)
+        server = (serving or Server)(ctx.entry, model, ctx.params, access, control)
         # A model that imports something only to be saved is found out here, not when the policy kills it.
         server.device.restore(server.device.save())
         server.device.counters()
@@ -160,6 +178,7 @@ class Server:
         params: the parameters by name.
         access, control: the two channels.
         first: the descriptor number of the entry's first descriptor.
+        host: what there is of the host without a descriptor, by name of the source.
     """
 
     def __init__(
@@ -170,7 +189,9 @@ class Server:
         access: socket.socket,
         control: Channel,
         first: int = FD_FIRST,
+        host: Mapping[str, Any] = SOURCES,
     ) -> None:
+        self._now: Callable[[], int] = host["clock"]
         self._access = access
         self._control = control
         self._entry = entry
@@ -184,7 +205,7 @@ class Server:
             backends = tuple(map(_BACKENDS[d.kind], fds))
             self._watched += [b for b in backends if isinstance(b, Watched)]
             ports[d.name] = backends[0] if d.count is None else backends
-        sources = {**_SOURCES, "log": self._say}
+        sources = {**host, "log": self._say}
         self.device: Device = model(**ports, **{s: sources[s] for s in entry.sources})
 
     def serve(self) -> None:
@@ -202,7 +223,7 @@ class Server:
             due = device.deadline_ns
             timeout = None
             if due is not None:
-                now = time.monotonic_ns()
+                now = self._now()
                 if now >= due:
                     device.on_deadline(now)
                     due = device.deadline_ns
