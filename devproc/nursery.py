@@ -18,7 +18,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 from devproc import child, jail, syscalls
 from devproc.catalog import CATALOG, FD_LOG, Entry, Params
@@ -46,7 +46,22 @@ def compiled(entry: Entry) -> Filters:
     return compile_notify(load(entry.name, entry.slots()), jail.SETUP_CALLS)
 
 
-def main(fd: int, parent: int, kinds: Sequence[str], filters: Callable[[Entry], Filters]) -> NoReturn:
+class Program(Protocol):
+    """What a device process runs: `devproc.child`, or what fuzzing has in its place."""
+
+    EXTRA_FDS: int
+    """Descriptors it is handed after those of the entry, to use and close before the jail."""
+
+    def load(self, entry: Entry) -> type[Any]:
+        """The model; raises what its import raises."""
+
+    def main(self, ctx: jail.Context, model: type[Any], name: str) -> NoReturn:
+        """The process, from the moment it is the supervisor's child."""
+
+
+def main(
+    fd: int, parent: int, kinds: Sequence[str], filters: Callable[[Entry], Filters], program: Program
+) -> NoReturn:
     """The zygote, from its fork on; `fd` is its channel, `parent` the supervisor's pid."""
     os.setsid()  # out of reach of the terminal's Ctrl-C and Ctrl-Z
     jail.die_with_parent()
@@ -63,17 +78,19 @@ def main(fd: int, parent: int, kinds: Sequence[str], filters: Callable[[Entry], 
     if fd != _SOCKET:
         os.dup2(fd, _SOCKET, inheritable=False)
     syscalls.close_range(_SOCKET + 1, _FD_MAX)
-    cache = _prepare(kinds, filters)
+    cache = _prepare(kinds, filters, program)
     child.warm_up()
     gc.collect()
     # Objects that exist now are moved out of the collector's sight: it would write to their pages, and every
     # page written to is one a device process no longer shares (a third of the memory per device without it).
     gc.freeze()
     sock = socket.socket(fileno=_SOCKET)
-    _serve(Channel(sock, SPAWN_TABLE, "idle", Sender.ZYGOTE, Sender.SUPERVISOR), filters, cache)
+    _serve(Channel(sock, SPAWN_TABLE, "idle", Sender.ZYGOTE, Sender.SUPERVISOR), filters, cache, program)
 
 
-def _prepare(kinds: Sequence[str], filters: Callable[[Entry], Filters]) -> dict[str, Filters]:
+def _prepare(
+    kinds: Sequence[str], filters: Callable[[Entry], Filters], program: Program
+) -> dict[str, Filters]:
     """Import the models of `kinds` and compile their filters, while the supervisor opens /dev/kvm.
 
     What fails here fails again, with its reason, when such a device is asked for.
@@ -81,12 +98,14 @@ def _prepare(kinds: Sequence[str], filters: Callable[[Entry], Filters]) -> dict[
     cache = {}
     for kind in kinds:
         with contextlib.suppress(Exception):
-            child.load(CATALOG[kind])
+            program.load(CATALOG[kind])
             cache[kind] = filters(CATALOG[kind])
     return cache
 
 
-def _serve(channel: Channel, filters: Callable[[Entry], Filters], cache: dict[str, Filters]) -> NoReturn:
+def _serve(
+    channel: Channel, filters: Callable[[Entry], Filters], cache: dict[str, Filters], program: Program
+) -> NoReturn:
     while True:
         try:
             request, fds = channel.recv_fds(FDS_MAX)
@@ -94,7 +113,7 @@ def _serve(channel: Channel, filters: Callable[[Entry], Filters], cache: dict[st
             os._exit(0)
         assert isinstance(request, Spawn)  # by the table
         try:
-            channel.send(Spawned(_spawn(request, fds, filters, cache)))
+            channel.send(Spawned(_spawn(request, fds, filters, cache, program)))
         except (SpawnError, OSError) as e:
             channel.send(Failed(str(e)[:1000]))
         finally:
@@ -103,7 +122,11 @@ def _serve(channel: Channel, filters: Callable[[Entry], Filters], cache: dict[st
 
 
 def _spawn(
-    request: Spawn, fds: list[int], filters: Callable[[Entry], Filters], cache: dict[str, Filters]
+    request: Spawn,
+    fds: list[int],
+    filters: Callable[[Entry], Filters],
+    cache: dict[str, Filters],
+    program: Program,
 ) -> int:
     try:
         entry = CATALOG[request.device]
@@ -113,7 +136,7 @@ def _spawn(
             cache[entry.name] = filters(entry)
     except Exception as e:  # a policy is text a user may edit: whatever is wrong with it is the answer
         raise SpawnError(f"{type(e).__name__}: {e}") from e
-    expected = entry.held - FD_LOG
+    expected = entry.held - FD_LOG + program.EXTRA_FDS
     if len(fds) != expected:
         raise SpawnError(f"{len(fds)} descriptors, expected {expected}")
 
@@ -122,7 +145,7 @@ def _spawn(
     if launcher == 0:
         ours.close()
         os.close(_SOCKET)
-        _launch(theirs, entry, mode, request.name, params, fds, cache.get(entry.name))
+        _launch(theirs, entry, mode, request.name, params, fds, cache.get(entry.name), program)
     theirs.close()
     with ours:
         ours.settimeout(_LAUNCH_S)
@@ -176,6 +199,7 @@ def _launch(
     params: Params,
     fds: list[int],
     filters: Filters | None,
+    program: Program,
 ) -> NoReturn:
     """The launcher, and as its child the device."""
 
@@ -187,7 +211,7 @@ def _launch(
             raise OSError(err, f"mapping the ids: {os.strerror(err)}")
 
     try:
-        model = child.load(entry)  # with the caller's ids, which can read it; the device's own may not
+        model = program.load(entry)  # with the caller's ids, which can read it; the device's own may not
         ctx = jail.Context(entry, mode, fds, filters, map_ids, params)
         jail.enter(jail.plan(mode, "launcher", entry.without), ctx)
         pid = os.fork()
@@ -195,7 +219,7 @@ def _launch(
             go = link.recv(len(_GO)) == _GO
             link.close()
             if go:
-                child.main(ctx, model, name)
+                program.main(ctx, model, name)
             os._exit(0)
         link.send(_PID + str(pid).encode())
     except BaseException as e:

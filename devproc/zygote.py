@@ -6,12 +6,13 @@ is `devproc/nursery.py`, which is imported after the fork.
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from devproc import jail
 from devproc.catalog import Entry
@@ -158,13 +159,18 @@ def await_ready(
         raise
 
 
-def start(kinds: Sequence[str] = (), filters: Callable[[Entry], Filters] | None = None) -> Zygote:
+def start(
+    kinds: Sequence[str] = (),
+    filters: Callable[[Entry], Filters] | None = None,
+    program: str = "devproc.child",
+) -> Zygote:
     """Fork the zygote.  Call it from the main thread, before there are others and before /dev/kvm is opened.
 
     Args:
         kinds: catalogue names to get ready for while the caller goes on.
         filters: where the two seccomp programs of a kind come from; called in the zygote, once per kind
             [policies/NAME.policy].
+        program: the module that a device process runs, a `nursery.Program`.
 
     Raises:
         WireError: msgpack's C extension is missing.
@@ -178,7 +184,8 @@ def start(kinds: Sequence[str] = (), filters: Callable[[Entry], Filters] | None 
             # Device code and policies are the zygote's alone: the supervisor never has them in memory.
             from devproc import nursery  # noqa: PLC0415
 
-            nursery.main(theirs.detach(), parent, kinds, filters or nursery.compiled)
+            runs: Any = importlib.import_module(program)
+            nursery.main(theirs.detach(), parent, kinds, filters or nursery.compiled, runs)
         except BaseException:
             traceback.print_exc()
         finally:
