@@ -28,13 +28,13 @@ class Descriptor:
     """A named descriptor, or array of them, and the backend that wraps it.
 
     `kind`: "signal" an eventfd written by the device; "kick" an eventfd read by it; "input" a byte source;
-    "output" a byte sink; "memory" the memfd of guest memory; "disk" an image.  `count` makes it an array:
-    the model gets a tuple of ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST instead
-    of FD_<NAME>.
+    "output" a byte sink; "memory" the memfd of guest memory; "disk" an image; "tap" a tap interface;
+    "stream" a unix stream socket that carries frames.  `count` makes it an array: the model gets a tuple of
+    ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST instead of FD_<NAME>.
     """
 
     name: str
-    kind: Literal["signal", "kick", "input", "output", "memory", "disk"]
+    kind: Literal["signal", "kick", "input", "output", "memory", "disk", "tap", "stream"]
     meaning: str
     count: int | None = None
 
@@ -161,7 +161,24 @@ MEMORY_PARAMS: Final = (
 
 
 RNG: Final = Virtio(spec.ID_ENTROPY, 0x00FF00, (256,))
+NET_PAIRS: Final = 4
+"""Pairs of queues that a card on a tap can have."""
+NET: Final = Virtio(spec.ID_NET, 0x020000, (*(256,) * 2 * NET_PAIRS, 64))
+NET_STREAM: Final = Virtio(spec.ID_NET, 0x020000, (256, 256, 64))
 BLOCK: Final = Virtio(spec.ID_BLOCK, 0x018000, (256,) * 4)
+
+
+_PLUGGED: Final = Param("link", 0, 1, "whether the cable is plugged in")
+
+
+def _net_params(pairs: int) -> tuple[Param, ...]:
+    return (
+        Param("mac", 6, 6, "Ethernet address", bytes),
+        Param("mtu", 0, 65535, "the largest IP packet in bytes; 0: not said"),
+        Param("pairs", 1, pairs, "pairs of queues"),
+        Param("bps", 0, 1 << 40, "bytes a second each way; 0: no limit"),
+        Param("pps", 0, 1 << 40, "frames a second each way; 0: no limit"),
+    )
 
 
 def virtio_entry(
@@ -256,6 +273,20 @@ CATALOG: Final[dict[str, Entry]] = {
             descriptors=(Descriptor("panic", "signal", "tells the supervisor that the guest panicked"),),
         ),
         virtio_entry("virtio-rng", "random numbers", "VirtioRng", RNG, sources=("entropy",)),
+        virtio_entry(
+            "virtio-net", "network card on a tap", "VirtioNet", NET,
+            descriptors=(Descriptor("link", "tap", "the tap's queues, then the first again", NET_PAIRS),),
+            params=_net_params(NET_PAIRS),
+            sources=("clock",),
+            settings=(_PLUGGED,),
+        ),
+        virtio_entry(
+            "virtio-net-stream", "network card on a stream, as passt's", "VirtioNetStream", NET_STREAM,
+            descriptors=(Descriptor("link", "stream", "frames to and from the host", 1),),
+            params=_net_params(1),
+            sources=("clock",),
+            settings=(_PLUGGED,),
+        ),
         virtio_entry(
             "virtio-blk", "disk", "VirtioBlk", BLOCK,
             descriptors=(Descriptor("disk", "disk", "the image"),),

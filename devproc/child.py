@@ -25,6 +25,8 @@ from devproc.backends.input import Input
 from devproc.backends.kick import Kick
 from devproc.backends.output import Output
 from devproc.backends.signal import Signal
+from devproc.backends.stream import Stream
+from devproc.backends.tap import Tap
 from devproc.catalog import FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, MEMORY_PARAMS, Entry, Params
 from devproc.channel import Channel, ChannelClosed
 from devproc.ports import Device, HostError, Watched
@@ -69,6 +71,8 @@ _BACKENDS: Final[dict[str, Callable[[int], Any]]] = {
     "input": Input,
     "output": Output,
     "disk": Disk,
+    "tap": Tap,
+    "stream": Stream,
 }
 SOURCES: Final = {"clock": time.monotonic_ns, "wall": time.time_ns, "entropy": entropy}
 
@@ -197,7 +201,7 @@ class Server:
         self._entry = entry
         self._sizes = {int(r.space): r.size for r in entry.regions}
         self._watched: list[Watched] = []
-        ports: dict[str, Any] = dict(params)
+        ports: dict[str, Any] = {name: v for name, v in params.items() if name != entry.fsize}
         for d, fds in entry.own_slots(first):
             if d.kind == "memory":
                 ports[d.name] = memory.attach(fds[0], *(ports.pop(p.name) for p in MEMORY_PARAMS))
