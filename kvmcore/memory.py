@@ -180,6 +180,17 @@ class GuestMemory:
             done += count
         return done
 
+    def discard(self, gpa: int, size: int) -> None:
+        """Give whole pages back to the host, for everyone who has the memfd; they read as zeros afterwards.
+
+        MADV_REMOVE punches a hole in the file, as fallocate(2) does, where MADV_DONTNEED would only unmap.
+
+        Raises:
+            MemoryFault: not wholly RAM; nothing was given back.
+            OSError: [gpa, gpa + size) is not whole pages.
+        """
+        self._map.madvise(mmap.MADV_REMOVE, self._offset(gpa, size), size)
+
     def host_address(self, gpa: int, size: int) -> int:
         """Where [gpa, gpa + size) is mapped in this process, for KVM_SET_USER_MEMORY_REGION.
 

@@ -140,6 +140,21 @@ def test_a_span_that_is_not_wholly_ram_faults(memory: GuestMemory) -> None:
         assert (fault.value.gpa, fault.value.size) == bad
 
 
+def test_discarded_pages_leave_the_file_for_everyone(memory: GuestMemory) -> None:
+    other = GuestMemory.attach(os.dup(memory.fd), memory.regions)
+    for gpa in range(16 * PAGE, 18 * PAGE, PAGE):
+        memory.write(gpa, b"kept")
+        assert other.read(gpa, 4) == b"kept"
+    before = os.fstat(memory.fd).st_blocks
+    other.discard(16 * PAGE, PAGE)
+    assert os.fstat(memory.fd).st_blocks == before - PAGE // 512
+    assert memory.read(16 * PAGE, PAGE) == bytes(PAGE)
+    assert memory.read(17 * PAGE, 4) == b"kept"
+    with pytest.raises(MemoryFault):
+        other.discard(17 * PAGE, 2 * PAGE)
+    other.close()
+
+
 def test_the_host_address_is_where_the_bytes_are(memory: GuestMemory) -> None:
     memory.write(16 * PAGE + 8, b"here")
     assert ctypes.string_at(memory.host_address(16 * PAGE + 8, 4), 4) == b"here"
