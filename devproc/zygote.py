@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any, Final
 from devproc import jail
 from devproc.catalog import Entry
 from devproc.channel import Channel, ChannelClosed
+from devproc.violations import Violation, read_violation
 from devproc.wire import (
     CONTROL_TABLE,
     SPAWN_TABLE,
@@ -33,15 +36,26 @@ from devproc.wire import (
     Spawned,
     require_c_extension,
 )
+from policies.syscalls import NAMES
 
 Filters = tuple[bytes, bytes]
 
+READY_WITHIN_S: Final = 30
 _NOTES_MAX: Final = 64  # a jail has a dozen steps; without end they would keep the start from ever failing
 _ZYGOTE_S: Final = 30.0
 
 
 class SpawnError(Exception):
     """A device process could not be started; one line, naming the device and the step."""
+
+
+class Forbidden(SpawnError):
+    """It made a system call that its policy does not allow, and waits in the kernel: kill it."""
+
+    def __init__(self, violation: Violation) -> None:
+        name = NAMES.get(violation.nr, "unknown")
+        super().__init__(f"made system call {violation.nr} ({name}), which its policy forbids")
+        self.violation = violation
 
 
 class Zygote:
@@ -115,22 +129,34 @@ def control_channel(sock: socket.socket) -> Channel:
 
 
 def await_ready(
-    control: Channel, device: str, mode: jail.Mode, watch: Callable[[int], None] | None = None
+    control: Channel,
+    device: str,
+    mode: jail.Mode,
+    within_s: float = READY_WITHIN_S,
+    watch: Callable[[int], None] | None = None,
 ) -> Greeting:
     """Follow a device from its first message to `Ready`.
 
-    Set a timeout on `control.sock` first; a device that never gets ready is a TimeoutError.  `watch` is
-    called with the listener when it has come: only what `watch` starts can then let the device go on.
+    Args:
+        control: its control channel.
+        device: its catalogue name.
+        mode: the jail it was asked to enter.
+        within_s: the longest that all of this may take.
+        watch: called with the listener when it has come: only what it starts can then let the device go on.
 
     Raises:
+        Forbidden: its policy lacks a call that it needs; kill it.
         SpawnError: it says why it failed, or is another device than asked for.
         PeerError: it broke the protocol, or is ready without the filter that `mode` demands.
         ChannelClosed: it died.
+        TimeoutError: it is not ready after `within_s`.
     """
+    until_s = time.monotonic() + within_s
     notes: list[tuple[int, str]] = []
     listener: int | None = None
     try:
         while True:
+            _await_word(control, listener if watch is None else None, until_s)
             expecting = control.state == "greeted" and mode is not jail.Mode.NONE
             message, fds = control.recv_fds(1) if expecting else (control.recv(), [])
             if isinstance(message, Listener) and len(fds) == 1:
@@ -157,6 +183,27 @@ def await_ready(
         if listener is not None:
             os.close(listener)
         raise
+
+
+def _await_word(control: Channel, listener: int | None, until_s: float) -> None:
+    """Until there is something to receive; what the device was held for raises Forbidden."""
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    if listener is not None:
+        poll.register(listener, select.POLLIN)
+    while left_s := max(0.0, until_s - time.monotonic()):
+        ready = [fd for fd, _ in poll.poll(left_s * 1000)]
+        if control.fileno() in ready:
+            return
+        if listener in ready:
+            try:
+                violation = read_violation(listener)
+            except OSError as e:
+                raise PeerError(f"what it sent is no seccomp listener: {e.strerror}") from None
+            if violation is not None:
+                raise Forbidden(violation)
+            poll.unregister(listener)  # the process is dead, which its channel says too
+    raise TimeoutError
 
 
 def start(

@@ -24,7 +24,6 @@ from supervisor.spawn import host_id
 
 OFFERED: Final = "offered"
 _DEVICE: Final = "pci-host"  # the process whose jail is tried: it needs nothing but its channels
-_SPAWN_WITHIN_S: Final = 30  # as long as `vmsup run` waits
 _OWN_ID: Final = "own host uid"
 _NAMESPACES: Final = {
     "user": syscalls.CLONE_NEWUSER,
@@ -151,7 +150,7 @@ def _examine_jail() -> JailReport:
         _, failure = probe.bounded(lambda _, f=flag: syscalls.unshare(syscalls.CLONE_NEWUSER | f))  # type: ignore[misc]
         layers[f"{name} namespace"] = failure or OFFERED
     steps = [s.name for s in jail.plan(jail.Mode.FULL) if not s.always]
-    notes, failure = probe.bounded(_try_jail, _SPAWN_WITHIN_S)
+    notes, failure = probe.bounded(_try_jail, zygote.READY_WITHIN_S)
     layers |= dict.fromkeys([*steps, _OWN_ID], failure or OFFERED)
     lacking = steps if failure else []
     for level, name, why in (note.split("\t", 2) for note in notes):
@@ -178,7 +177,6 @@ def _try_jail(tell: Callable[[str], None]) -> None:
             mode=jail.Mode.BEST_EFFORT,
         )
         its_control.close()
-        control.settimeout(_SPAWN_WITHIN_S)
         greeting = zygote.await_ready(zygote.control_channel(control), _DEVICE, jail.Mode.BEST_EFFORT)
     except ChannelClosed:
         raise VmsupError("the device process died") from None

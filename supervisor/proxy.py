@@ -23,7 +23,6 @@ from supervisor.reaper import DeviceDied, Refused
 
 PING_EVERY_S = 1.0
 CLOSED = "closed its control channel"
-_READY_WITHIN_S = 30.0
 _LOG_LINE_MAX = 4096
 _LINES_PER_S = 200  # a traceback has some dozens
 _WARNING = 30  # the logging levels of wire.Log
@@ -81,11 +80,12 @@ class Proxy:
         Raises:
             DeviceDied: it failed, died, or took longer than 30 s.
         """
-        self.control.sock.settimeout(_READY_WITHIN_S)
         try:
-            greeting = zygote.await_ready(self.control, self.instance.entry.name, mode, watch)
+            greeting = zygote.await_ready(self.control, self.instance.entry.name, mode, watch=watch)
         except TimeoutError:
-            raise DeviceDied(self.name, f"not ready after {_READY_WITHIN_S:g} s") from None
+            raise DeviceDied(self.name, f"not ready after {zygote.READY_WITHIN_S:g} s") from None
+        except zygote.Forbidden as e:
+            raise self._forbidden(e.violation) from None
         except ChannelClosed:
             self.on_log()
             raise DeviceDied(self.name, "died before it was ready") from None
@@ -207,12 +207,15 @@ class Proxy:
         except OSError as e:
             raise DeviceDied(self.name, f"what it sent is no seccomp listener: {e.strerror}") from None
         if found is not None:
-            self.kill()
-            refused = Refused(self.name, self.instance.entry.name, self.pid, found.nr, found.args)
-            call = f"system call {refused.nr} ({refused.name})"
-            raise DeviceDied(self.name, f"killed for {call}, which its policy forbids", refused)
+            raise self._forbidden(found)
         os.close(self.listener)
         self.listener = None
+
+    def _forbidden(self, found: violations.Violation) -> DeviceDied:
+        self.kill()
+        refused = Refused(self.name, self.instance.entry.name, self.pid, found.nr, found.args)
+        call = f"system call {refused.nr} ({refused.name})"
+        return DeviceDied(self.name, f"killed for {call}, which its policy forbids", refused)
 
     # -- its end
 

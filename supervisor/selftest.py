@@ -250,7 +250,7 @@ class _Cell:
     def attempt(self, number: int, attempt: Attempt) -> Outcome:
         """Let it make attempt `number` once it is sealed in its jail."""
         try:
-            greeting = zygote.await_ready(self.control, self.entry.name, self.column.mode)
+            greeting = zygote.await_ready(self.control, self.entry.name, self.column.mode, _SILENCE_S / 2)
         except (zygote.SpawnError, wire.PeerError, ChannelClosed, TimeoutError) as e:
             raise VmsupError(f"{self.column.name}: {e or type(e).__name__}") from None
         for level, text in greeting.notes:

@@ -114,7 +114,7 @@ class StandIn:
         self.devices[name] = d = {
             "pid": pid, "log": log_ours, "access": access_ours, "control": channel, "kept": kept
         }  # fmt: skip
-        greeting = zygote.await_ready(channel, device, jail.Mode(mode))
+        greeting = zygote.await_ready(channel, device, jail.Mode(mode), 5)
         d["listener"] = greeting.listener
         return {
             "pid": pid,

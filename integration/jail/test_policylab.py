@@ -61,7 +61,7 @@ def test_a_policy_lacks_nothing_that_its_device_needs(device: str, tmp_path: Pat
     assert list(lesson.lacking.by_call()) == ["recvfrom"]
 
 
-@pytest.mark.parametrize(("name", "number"), [("recvfrom", 45), ("exit_group", 231)])
+@pytest.mark.parametrize(("name", "number"), [("sendto", 44), ("recvfrom", 45), ("exit_group", 231)])
 def test_a_policy_that_lacks_a_call_is_named_with_it(name: str, number: int, said: list[str]) -> None:
     def filters(entry: Entry) -> zygote.Filters:
         return compile_notify(without(entry, name), jail.SETUP_CALLS)

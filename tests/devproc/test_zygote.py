@@ -6,17 +6,19 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from devproc import jail, regs, wire, zygote
+from devproc import jail, regs, syscalls, wire, zygote
 from devproc.catalog import CATALOG
 from devproc.channel import Channel, ChannelClosed
 from devproc.devices.pci_host import PciHost
 from devproc.jail import Mode
 from devproc.wire import PeerError, Sender
 from devproc.zygote import SpawnError, Zygote, await_ready, control_channel, start
+from policies.compile import SETUP_MARK, compile_notify
+from policies.parse import parse
 
 DIGEST = bytes(32)
 
@@ -122,10 +124,10 @@ class Device:
     def say(self, message: wire.Message, fds: tuple[int, ...] = ()) -> None:
         socket.send_fds(self.sock, [wire.encode(message)], fds)
 
-    def await_ready(self, mode: Mode) -> zygote.Greeting:
+    def await_ready(self, mode: Mode, within_s: float = 5) -> zygote.Greeting:
         before = set(os.listdir("/proc/self/fd"))
         try:
-            return await_ready(self.supervisor, "rtc", mode)
+            return await_ready(self.supervisor, "rtc", mode, within_s)
         except BaseException:
             assert set(os.listdir("/proc/self/fd")) == before, "a descriptor was left"
             raise
@@ -194,12 +196,66 @@ def test_a_listener_is_given_back_when_the_device_fails_after_it() -> None:
 def test_a_device_that_dies_first_is_closed_and_a_silent_one_times_out() -> None:
     device = Device()
     device.say(HELLO)
-    device.supervisor.sock.settimeout(0.01)
     with pytest.raises(TimeoutError):
-        device.await_ready(Mode.FULL)
+        device.await_ready(Mode.FULL, 0.01)
     device.sock.close()
     with pytest.raises(ChannelClosed):
         device.await_ready(Mode.FULL)
+
+
+def test_talking_does_not_give_a_device_more_time() -> None:
+    device = Device()
+    device.say(HELLO)
+    device.say(wire.Log(10, "nearly"))
+    with pytest.raises(TimeoutError):
+        device.await_ready(Mode.FULL, 0)
+
+
+def sealed(device: Device, act: Callable[[], object]) -> int:
+    """A process that sends its listener and then acts, before it is ready."""
+    first, _ = compile_notify(parse("exit_group: 1\nbrk: 1\nmmap: 1\nmunmap: 1"), jail.SETUP_CALLS)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            jail.forbid_gain()
+            device.say(HELLO)
+            listener = syscalls.seccomp_load(first, syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER)
+            frame = wire.encode(wire.Listener())
+            syscalls.send_descriptor(device.sock.fileno(), frame, listener, SETUP_MARK)
+            syscalls.close(listener, SETUP_MARK)
+            act()
+        finally:
+            os._exit(0)
+    device.sock.close()
+    return pid
+
+
+def test_a_call_that_is_forbidden_before_it_is_ready_is_named() -> None:
+    device = Device()
+    pid = sealed(device, lambda: os.umask(0o123))
+    with pytest.raises(zygote.Forbidden, match=r"system call 95 \(umask\)") as e:
+        await_ready(device.supervisor, "rtc", Mode.FULL)
+    assert (e.value.violation.pid, e.value.violation.args[0]) == (pid, 0o123)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_device_that_dies_after_its_listener_came_is_dead() -> None:
+    device = Device()
+    pid = sealed(device, lambda: None)
+    os.waitpid(pid, 0)
+    with pytest.raises(ChannelClosed):
+        device.await_ready(Mode.FULL)
+
+
+def test_what_is_no_listener_is_found_out() -> None:
+    device = Device()
+    null = os.open(os.devnull, os.O_RDONLY)
+    device.say(HELLO)
+    device.say(wire.Listener(), (null,))
+    with pytest.raises(PeerError, match="no seccomp listener"):
+        device.await_ready(Mode.FULL)
+    os.close(null)
 
 
 def test_a_dead_zygote_is_an_error_with_the_devices_name() -> None:
