@@ -165,6 +165,9 @@ NET_PAIRS: Final = 4
 """Pairs of queues that a card on a tap can have."""
 NET: Final = Virtio(spec.ID_NET, 0x020000, (*(256,) * 2 * NET_PAIRS, 64))
 NET_STREAM: Final = Virtio(spec.ID_NET, 0x020000, (256, 256, 64))
+CONSOLE_PORTS: Final = 4
+CONSOLE: Final = Virtio(spec.ID_CONSOLE, 0x078000, (64,) * (2 * CONSOLE_PORTS + 2))
+BALLOON: Final = Virtio(spec.ID_BALLOON, 0x00FF00, (64,) * 5)
 BLOCK: Final = Virtio(spec.ID_BLOCK, 0x018000, (256,) * 4)
 
 
@@ -273,6 +276,27 @@ CATALOG: Final[dict[str, Entry]] = {
             descriptors=(Descriptor("panic", "signal", "tells the supervisor that the guest panicked"),),
         ),
         virtio_entry("virtio-rng", "random numbers", "VirtioRng", RNG, sources=("entropy",)),
+        virtio_entry(
+            "virtio-console", "consoles and other ports of bytes", "VirtioConsole", CONSOLE,
+            descriptors=(
+                Descriptor("input", "input", "what the guest receives, by port", CONSOLE_PORTS),
+                Descriptor("output", "output", "what the guest transmits, by port", CONSOLE_PORTS),
+            ),
+            params=(
+                Param("names", 0, 255, "a name for each port, NUL between them; without: a console", bytes),
+            ),
+            settings=(
+                Param("size", 0, CONSOLE_PORTS << 32, "a window: columns, rows << 16, port << 32"),
+            ),
+            fsize=1 << 62,
+        ),
+        virtio_entry(
+            "virtio-balloon", "memory that the guest can spare", "VirtioBalloon", BALLOON,
+            settings=(
+                Param("target_mib", 0, 1 << 20, "MiB that the balloon should hold"),
+                Param("refresh", 1, 1, "ask the guest for new statistics"),
+            ),
+        ),
         virtio_entry(
             "virtio-net", "network card on a tap", "VirtioNet", NET,
             descriptors=(Descriptor("link", "tap", "the tap's queues, then the first again", NET_PAIRS),),
