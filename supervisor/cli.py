@@ -70,6 +70,13 @@ def _arguments() -> argparse.ArgumentParser:
         default=None,
         help="memory-mapped PCI configuration [on]",
     )
+    add(
+        "--block",
+        action="append",
+        metavar="PATH[,KEY=VALUE,...]",
+        help="a disk, in the order of /dev/vda, vdb...: path=,ro,root,format=raw,sparse=,direct,id=,"
+        "block-size=,queues=,bps=,iops=",
+    )
     add("--rng", action=argparse.BooleanOptionalAction, default=None, help="virtio entropy device [off]")
     add("--android-fstab", metavar="FILE", help="fstab to hand to the guest in a device tree")
     add("-s", "--socket", metavar="PATH", help="make a control socket there, for vmsup ps and vmsup stop")

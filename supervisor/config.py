@@ -18,6 +18,10 @@ JAILS = ("full", "best-effort", "none")
 IRQCHIPS = ("kernel", "split")
 SERIAL_TYPES = ("stdio", "file", "socket", "pty", "sink")
 SERIAL_PORTS = 4
+IMAGE_FORMATS = ("raw",)
+BLOCK_QUEUES_MAX = 4
+BLOCK_ID_MAX = 20  # bytes
+RATE_MAX = 1 << 40  # of bytes or operations, per second
 LOG_FORMATS = ("text", "json")
 DEVICE_TIMEOUT_S = 2.0
 LEARN = "VMSUP_LEARN"  # DEVICE:FILE in the environment: see supervisor/recorder.py
@@ -29,6 +33,19 @@ SERIAL_KEYS = (
     Key("input"),
     Key("console", bool),
     Key("earlycon", bool),
+)
+BLOCK_KEYS = (
+    Key("path"),
+    Key("ro", bool),
+    Key("root", bool),
+    Key("sparse", bool),
+    Key("block-size", int, 512, 4096),
+    Key("id"),
+    Key("direct", bool),
+    Key("queues", int, 1, BLOCK_QUEUES_MAX),
+    Key("bps", int, 1, RATE_MAX),
+    Key("iops", int, 1, RATE_MAX),
+    Key("format", choices=IMAGE_FORMATS),
 )
 
 
@@ -63,6 +80,43 @@ class SerialConfig:
 
 
 @dataclass(frozen=True)
+class BlockConfig:
+    """One disk: its image, and how the guest may use it.
+
+    `block_size` in bytes, `bps` and `iops` a second, 0 without limit.  Without `format` an image is raw, and
+    refused if it looks like another format.
+    """
+
+    path: str
+    ro: bool = False
+    root: bool = False
+    sparse: bool = True
+    block_size: int = 512
+    id: str = ""
+    direct: bool = False
+    queues: int = 1
+    bps: int = 0
+    iops: int = 0
+    format: str | None = None
+
+    @classmethod
+    def from_values(cls, where: str, values: Mapping[str, Any]) -> BlockConfig:
+        """A disk from checked keys.
+
+        Raises:
+            ConfigError: no path, a block size that is not a power of two, an id that does not fit.
+        """
+        if "path" not in values:
+            raise ConfigError(f"{where}: path is missing, expected an image")
+        disk = cls(**{key.replace("-", "_"): value for key, value in values.items()})
+        if disk.block_size & (disk.block_size - 1):
+            raise ConfigError(f"{where}: block-size: expected a power of 2, not {disk.block_size}")
+        if not disk.id.isascii() or len(disk.id) > BLOCK_ID_MAX:
+            raise ConfigError(f"{where}: id: expected up to {BLOCK_ID_MAX} ASCII characters, not {disk.id!r}")
+        return disk
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything `vmsup run` needs; memory in MiB, times in seconds, affinity as vCPU -> host CPUs."""
 
@@ -73,6 +127,7 @@ class RunConfig:
     initrd: str | None = None
     params: tuple[str, ...] = ()
     serial: tuple[SerialConfig, ...] = ()
+    block: tuple[BlockConfig, ...] = ()
     irqchip: str = "kernel"
     pcie_ecam: bool = True
     rng: bool = False
@@ -103,6 +158,8 @@ class RunConfig:
             raise ConfigError("--serial: type=stdio given twice, there is one standard input")
         if sum(s.console for s in self.serial) > 1:
             raise ConfigError("--serial: console given twice, the kernel has one")
+        if sum(d.root for d in self.block) > 1:
+            raise ConfigError("--block: root given twice, the kernel has one")
 
     def serial_ports(self) -> tuple[SerialConfig, ...]:
         """All four ports: COM1 on stdio unless told otherwise, the rest sinks."""
@@ -119,7 +176,11 @@ class RunConfig:
         )
         words = [f"console=ttyS{console.num - 1}"]
         words += [f"earlycon=uart8250,io,{serial_bases[s.num - 1]:#x}" for s in ports if s.earlycon]
-        return " ".join([*words, "reboot=k", "panic=-1", *self.params])
+        words += ["reboot=k", "panic=-1"]
+        for n, disk in enumerate(self.block):
+            if disk.root:
+                words += [f"root=/dev/vd{chr(ord('a') + n)}", "ro" if disk.ro else "rw"]
+        return " ".join([*words, *self.params])
 
 
 def parse_cpu_list(where: str, text: str) -> frozenset[int]:
@@ -177,7 +238,12 @@ _SCALARS = (
     Key("log-format", choices=LOG_FORMATS),
     Key("jail-report"),
 )
-_LISTS = ("params", "serial")
+# Lists of tables, each on the command line an option that may be given several times.
+_TABLES: Mapping[str, tuple[tuple[Key, ...], type[SerialConfig] | type[BlockConfig]]] = {
+    "serial": (SERIAL_KEYS, SerialConfig),
+    "block": (BLOCK_KEYS, BlockConfig),
+}
+_LISTS = ("params", *_TABLES)
 _FLOATS = ("device-timeout",)
 
 
@@ -210,13 +276,12 @@ def read_file(path: str) -> dict[str, Any]:
         if not isinstance(lists["params"], list) or not all(isinstance(p, str) for p in lists["params"]):
             raise ConfigError(f"{where}: params: expected a list of strings")
         result["params"] = tuple(lists["params"])
-    if "serial" in lists:
-        if not isinstance(lists["serial"], list) or not all(isinstance(t, dict) for t in lists["serial"]):
-            raise ConfigError(f"{where}: serial: expected a list of tables")
-        result["serial"] = tuple(
-            SerialConfig.from_values(f"{where}: serial", check_table(f"{where}: serial", SERIAL_KEYS, t))
-            for t in lists["serial"]
-        )
+    for name, (keys, kind) in _TABLES.items():
+        tables = lists.get(name, [])
+        if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+            raise ConfigError(f"{where}: {name}: expected a list of tables")
+        at = f"{where}: {name}"
+        result[name] = tuple(kind.from_values(at, check_table(at, keys, t)) for t in tables)
     return {name.replace("-", "_"): value for name, value in result.items()}
 
 
@@ -230,10 +295,9 @@ def build(options: Mapping[str, Any]) -> RunConfig:
     """
     given = {k: v for k, v in options.items() if v is not None and k != "config"}
     settings = read_file(options["config"]) if options.get("config") else {}
-    given["serial"] = tuple(
-        SerialConfig.from_values("--serial", parse("--serial", SERIAL_KEYS, text))
-        for text in given.get("serial", ())
-    )
+    for name, (keys, kind) in _TABLES.items():
+        at = f"--{name}"
+        given[name] = tuple(kind.from_values(at, parse(at, keys, text)) for text in given.get(name, ()))
     for name in _LISTS:
         given[name] = (*settings.get(name, ()), *given.get(name, ()))
     settings |= given

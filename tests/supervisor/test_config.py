@@ -2,9 +2,10 @@ import os
 
 import pytest
 
+from devproc.catalog import BLOCK
 from kvmcore.errors import ConfigError
 from supervisor import config
-from supervisor.config import RunConfig, SerialConfig, build, parse_affinity, parse_cpu_list
+from supervisor.config import BlockConfig, RunConfig, SerialConfig, build, parse_affinity, parse_cpu_list
 
 BASES = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 
@@ -183,3 +184,53 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 def test_a_file_that_cannot_be_read_is_refused(path, why):
     with pytest.raises(ConfigError, match=f"^--config {path}: .*{why}"):
         build({"config": path})
+
+
+def test_a_disk_is_its_path_and_what_is_said_of_it():
+    c = build(
+        {"kernel": "k", "block": ["a.img", "path=b.img,ro,id=data,block-size=4096,bps=1000,sparse=off"]}
+    )
+    assert c.block == (
+        BlockConfig("a.img"),
+        BlockConfig("b.img", ro=True, id="data", block_size=4096, bps=1000, sparse=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("ro", "path is missing"),
+        ("x,block-size=1000", "block-size: expected a power of 2"),
+        ("x,block-size=8192", "block-size: expected an integer from 512 to 4096"),
+        ("x,id=twenty-one-characters", "id: expected up to 20"),
+        ("x,id=\u00e9", "id: expected up to 20 ASCII"),
+        ("x,format=vmdk", "format: expected one of raw"),
+        ("x,queues=0", "queues: expected an integer from 1"),
+        ("x,readonly", "'readonly' has no value"),
+    ],
+)
+def test_disks_that_make_no_sense_are_refused(text, why):
+    with pytest.raises(ConfigError, match=f"^--block: .*{why}"):
+        build({"kernel": "k", "block": [text]})
+
+
+def test_the_guest_cannot_be_given_more_queues_than_the_device_has():
+    assert len(BLOCK.queue_sizes) == config.BLOCK_QUEUES_MAX
+
+
+@pytest.mark.parametrize(("mode", "word"), [("", "rw"), (",ro", "ro")])
+def test_the_root_disk_is_named_by_its_place_and_before_what_the_user_says(mode, word):
+    c = build({"kernel": "k", "block": ["a", f"b,root{mode}"], "params": ["root=/dev/sda"]})
+    assert c.command_line(BASES).endswith(f" root=/dev/vdb {word} root=/dev/sda")
+
+
+def test_there_is_one_root():
+    with pytest.raises(ConfigError, match="root given twice"):
+        build({"kernel": "k", "block": ["a,root", "b,root"]})
+
+
+def test_disks_of_the_file_come_before_those_of_the_command_line(tmp_path):
+    path = tmp_path / "vm.toml"
+    path.write_text('kernel = "k"\n[[block]]\npath = "a"\nblock-size = 4096\n')
+    c = build({"config": str(path), "block": ["b"]})
+    assert c.block == (BlockConfig("a", block_size=4096), BlockConfig("b"))
