@@ -1,0 +1,296 @@
+"""A disk (virtio 1.2, section 5.2).
+
+Requests are served one after the other, each before the next is looked at, so nothing is in flight between
+two calls.  Left out: CONFIG_WCE, because whether a host's cache may be relied on is not the guest's to say;
+TOPOLOGY and GEOMETRY, which describe hardware that is not there; SECURE_ERASE, which a file cannot promise;
+LIFETIME and ZONED; and the legacy interface.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct
+from typing import Any, Final
+
+from devproc import state
+from devproc.backends.ratelimit import RateLimit
+from devproc.catalog import BLOCK
+from devproc.ports import Clock, Disk
+from devproc.regs import Register
+from devproc.virtio.chain import Chain, Span, part
+from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
+
+# 5.2.3 Feature bits
+F_SIZE_MAX: Final = 1 << 1
+F_SEG_MAX: Final = 1 << 2
+F_RO: Final = 1 << 5
+F_BLK_SIZE: Final = 1 << 6
+F_FLUSH: Final = 1 << 9
+F_MQ: Final = 1 << 12
+F_DISCARD: Final = 1 << 13
+F_WRITE_ZEROES: Final = 1 << 14
+
+
+class Type(IntEnum):
+    """What a request asks for (5.2.6)."""
+
+    IN = 0
+    OUT = 1
+    FLUSH = 4
+    GET_ID = 8
+    DISCARD = 11
+    WRITE_ZEROES = 13
+
+
+# 5.2.6 Device Operation
+HEADER: Final = Struct("<IIQ")  # type, reserved, sector; the status is one byte
+RANGE: Final = Struct("<QII")  # sector, num_sectors, flags
+S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
+UNMAP: Final = 1
+
+SECTOR: Final = 512
+ID_SIZE: Final = 20
+SIZE_MAX: Final = 1 << 16
+SEG_MAX: Final = BLOCK.queue_sizes[0] - 2  # the header and the status take a descriptor each
+DATA_MAX: Final = SIZE_MAX * SEG_MAX
+DISCARD_MAX: Final = 1 << 30
+ZEROES_MAX: Final = 1 << 25  # they may have to be written
+DISCARD_ALIGNMENT: Final = 4096
+
+_NEEDS: Final = {Type.DISCARD: F_DISCARD, Type.WRITE_ZEROES: F_WRITE_ZEROES}
+"""The feature that has to be negotiated for a type."""
+_TYPES: Final = frozenset(Type)
+_COUNTED: Final = (*(t.name.lower() for t in Type), "refused_requests", "host_errors")
+_TURN: Final = 1 << 22  # bytes of one queue before accesses and other queues get their turn
+_LOGGED_MAX: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request whose every value has been checked.
+
+    `offset` and `size` are bytes of the disk; `data` is where they come from or go to, `unmap` what a
+    WRITE_ZEROES asks for.  The ones that have no place on the disk have an offset of 0.
+    """
+
+    type: Type
+    offset: int
+    size: int
+    data: tuple[Span, ...]
+    unmap: bool = False
+
+
+def _field(name: str, offset: int, size: int, meaning: str, constant: int | None = None) -> Register:
+    return Register(
+        name, offset, "RO", meaning, "5.2.4", size=size, reset=constant or 0, stored=constant is not None
+    )
+
+
+class _Refused(Exception):
+    """The status of a request that is not carried out."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class BlkState:
+    transport: TransportState
+
+
+class VirtioBlk(VirtioDevice):
+    """One disk.
+
+    Ports:
+        disk: the image.
+        clock: for the limits.
+        read_only: writes are refused.
+        sparse: what the guest discards or unmaps may be given back to the host.
+        block_size: bytes; a hint, any request may be for single sectors.
+        queues: how many the driver may use.
+        bps, iops: limits of bytes and requests a second; 0 for none.
+        id: what GET_ID says, up to 20 bytes.
+
+    Threats:
+        1. A request lies outside the disk, or its sector number overflows → IOERR, nothing moves.
+        2. Data that are not whole sectors, in the wrong direction, or more than SEG_MAX segments of SIZE_MAX
+           → IOERR.
+        3. A chain without room for header or status → needs reset.
+        4. Header, status or data in pieces of any size (2.6.4) → the same as in one.
+        5. The header or a range changes while we look → it is copied once.
+        6. A write to a read-only disk → IOERR, the image was opened for reading.
+        7. Ranges of a discard or WRITE_ZEROES with unknown flags, too long, too many → UNSUPP or IOERR.
+        8. The image has become shorter, or the host is full or failing → IOERR; the image never grows.
+        9. Requests without end → 64 or 4 MiB of them in turn, accesses in between; the limits hold.
+        10. FLUSH was not negotiated → a write is on stable storage when it is done (5.2.6.2).
+    """
+
+    VIRTIO = BLOCK
+    TABLES = virtio_tables(
+        BLOCK,
+        (
+            _field("capacity", 0x00, 8, "sectors of 512 bytes"),
+            _field("size_max", 0x08, 4, "bytes in a segment", SIZE_MAX),
+            _field("seg_max", 0x0C, 4, "segments in a request", SEG_MAX),
+            _field("blk_size", 0x14, 4, "bytes in a block"),
+            _field("blk_num_queues", 0x22, 2, "num_queues"),
+            _field("max_discard_sectors", 0x24, 4, "sectors in a range", DISCARD_MAX // SECTOR),
+            _field("max_discard_seg", 0x28, 4, "ranges in a request", 1),
+            _field("discard_sector_alignment", 0x2C, 4, "sectors", DISCARD_ALIGNMENT // SECTOR),
+            _field("max_write_zeroes_sectors", 0x30, 4, "sectors in a range", ZEROES_MAX // SECTOR),
+            _field("max_write_zeroes_seg", 0x34, 4, "ranges in a request", 1),
+            _field("write_zeroes_may_unmap", 0x38, 1, "unmap may give room back"),
+        ),
+    )
+
+    def __init__(
+        self,
+        *,
+        disk: Disk,
+        clock: Clock,
+        read_only: int,
+        sparse: int,
+        block_size: int,
+        queues: int,
+        bps: int,
+        iops: int,
+        id: bytes,
+        **transport: Any,
+    ) -> None:
+        features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | (F_MQ if queues > 1 else 0)
+        if read_only:
+            features |= F_RO
+        else:
+            features |= F_WRITE_ZEROES | (F_DISCARD if sparse else 0)
+        super().__init__(features=features, **transport)
+        self._disk: Final = disk
+        self._clock: Final = clock
+        self._read_only: Final = bool(read_only)
+        self._sparse: Final = bool(sparse)
+        self._block_size: Final = block_size
+        self._num_queues: Final = queues
+        self._limit: Final = RateLimit(bps, iops)
+        self._id: Final = id.ljust(ID_SIZE, b"\0")
+        self._counts |= dict.fromkeys(_COUNTED, 0)
+
+    # -- configuration
+
+    def read_capacity(self) -> int:
+        return self._disk.size // SECTOR
+
+    def read_blk_size(self) -> int:
+        return self._block_size
+
+    def read_blk_num_queues(self) -> int:
+        return self._num_queues
+
+    def read_write_zeroes_may_unmap(self) -> int:
+        return int(self._sparse)
+
+    # -- queues
+
+    def on_queue(self, index: int) -> None:
+        left = _TURN
+        while left > 0:
+            if self._limit.ready_ns > self._clock():
+                self.go_on(index, self._limit.ready_ns)
+                break
+            chain = self.pop(index)
+            if chain is None:
+                break
+            left -= max(self._serve(index, chain), _TURN // BATCH)
+        else:
+            self.go_on(index)
+        self.notify(index)
+
+    # -- requests
+
+    def _serve(self, index: int, chain: Chain) -> int:
+        """Carry out one request; how many bytes it moved."""
+        if chain.read_size < HEADER.size or not chain.write_size:
+            self.fail(f"queue {index}: a request without room for header and status")
+            return 0
+        size = 0
+        try:
+            request = self._parse(chain)
+            size = sum(span.size for span in request.data)
+            self._carry_out(request)
+            status = S_OK
+            self._counts[request.type.name.lower()] += 1
+        except _Refused as e:
+            status = e.status
+            self._counts["refused_requests"] += 1
+        except OSError as e:
+            status = S_IOERR
+            self._counts["host_errors"] += 1
+            if self._counts["host_errors"] <= _LOGGED_MAX:
+                self._log(f"a request failed: {e.strerror}")
+        (status_at,) = part(chain.writable, chain.write_size - 1, 1)
+        self.memory.write(status_at.gpa, bytes((status,)))
+        # 2.7.8.2: from the first byte on, so the status counts only when the data before it are there.
+        self.push(index, chain, chain.write_size if status == S_OK or chain.write_size == 1 else 0)
+        self._limit.take(self._clock(), size)
+        return size
+
+    def _parse(self, chain: Chain) -> Request:
+        """Raises _Refused."""
+        number, _, sector = HEADER.unpack(self.memory.copy_out(chain.readable, HEADER.size))
+        if number not in _TYPES or _NEEDS.get(kind := Type(number), 0) & ~self.features:
+            raise _Refused(S_UNSUPP)
+        if self._read_only and kind is Type.OUT:
+            raise _Refused(S_IOERR)
+        sent, asked = chain.read_size - HEADER.size, chain.write_size - 1
+        inward = kind in (Type.IN, Type.GET_ID)
+        if asked if not inward else sent:
+            raise _Refused(S_IOERR)
+        size = asked if inward else sent
+        data = part(chain.writable, 0, size) if inward else part(chain.readable, HEADER.size, size)
+        match kind:
+            case Type.FLUSH if not size:
+                return Request(kind, 0, 0, ())
+            case Type.GET_ID if size <= ID_SIZE:
+                return Request(kind, 0, size, data)
+            case Type.IN | Type.OUT if not size % SECTOR and size <= DATA_MAX:
+                return Request(kind, self._place(sector, size), size, data)
+            case Type.DISCARD | Type.WRITE_ZEROES if size == RANGE.size:
+                sector, sectors, flags = RANGE.unpack(self.memory.copy_out(data, size))
+                if flags & ~(UNMAP if kind is Type.WRITE_ZEROES else 0):
+                    raise _Refused(S_UNSUPP)
+                size = sectors * SECTOR
+                if size > (DISCARD_MAX if kind is Type.DISCARD else ZEROES_MAX):
+                    raise _Refused(S_IOERR)
+                return Request(kind, self._place(sector, size), size, (), unmap=bool(flags & UNMAP))
+        raise _Refused(S_IOERR)
+
+    def _place(self, sector: int, size: int) -> int:
+        """The offset of `sector`, if `size` bytes from there on are on the disk; raises _Refused."""
+        offset = sector * SECTOR
+        if offset + size > self._disk.size:
+            raise _Refused(S_IOERR)
+        return offset
+
+    def _carry_out(self, request: Request) -> None:
+        """Raises OSError."""
+        disk, offset, size = self._disk, request.offset, request.size
+        kind = request.type
+        if kind is Type.IN:
+            disk.read(offset, self.memory.views(request.data))
+        elif kind is Type.OUT:
+            disk.write(offset, self.memory.views(request.data))
+        elif kind is Type.GET_ID:
+            self.memory.copy_in(request.data, self._id[:size])
+        elif kind is Type.DISCARD:
+            disk.discard(offset, size)
+        elif kind is Type.WRITE_ZEROES:
+            disk.zero(offset, size, unmap=request.unmap and self._sparse)
+        if kind is Type.FLUSH or (kind in (Type.OUT, Type.WRITE_ZEROES) and not self.features & F_FLUSH):
+            disk.flush()
+
+    # -- state
+
+    def save(self) -> bytes:
+        return state.pack(BlkState(self.save_transport()))
+
+    def restore(self, data: bytes) -> None:
+        self.restore_transport(state.unpack(BlkState, data).transport)
