@@ -144,14 +144,15 @@ class IoApic:
             self._deliver(self._message(entry))
 
     def end_of_interrupt(self, vector: int) -> list[int]:
-        """A local APIC has finished `vector`: send what is still asserted again.
+        """A local APIC has finished `vector`.
 
-        Returns the level pins that were in service, whose sources may want to look again.
+        Returns the level pins that were in service.  They have fallen: their sources, which are edges, are to
+        be asked whether to raise them again, as KVM does with its own chip (KVM_IRQFD_FLAG_RESAMPLE).
         """
         ended = []
         for pin, entry in enumerate(self._redirection):
             if entry & (_LEVEL | _REMOTE_IRR) == _LEVEL | _REMOTE_IRR and entry & _VECTOR == vector:
                 self._redirection[pin] = entry & ~_REMOTE_IRR
-                self._service(pin)
+                self._level[pin] = False
                 ended.append(pin)
         return ended

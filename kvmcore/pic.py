@@ -242,6 +242,11 @@ class DualPic:
         return bool(self._master.imr >> irq & 1)
 
     @property
+    def in_service(self) -> int:
+        """Bit n: IRQ n has been accepted, and the guest has not ended it."""
+        return self._slave.isr << 8 | self._master.isr
+
+    @property
     def intr(self) -> bool:
         """What LINT0 of the first local APIC, set to ExtINT, sees."""
         return self._master.intr
