@@ -103,10 +103,10 @@ class Space:
 
 
 class Resources:
-    """The four spaces that PCI functions draw from, for a machine with `mem_size` bytes of RAM.
+    """The spaces that PCI functions draw from, for a machine with `mem_size` bytes of RAM.
 
     `gsi` holds every pin of the I/O APIC from the first PCI one on; lines that legacy devices have there
-    (RTC, SCI) are claimed by whoever places those devices.
+    (RTC, SCI) are claimed by whoever places those devices.  `messages` are the GSIs that are no pin.
     """
 
     def __init__(self, mem_size: int) -> None:
@@ -115,6 +115,7 @@ class Resources:
         self.mmio = Space("32-bit MMIO", layout.PCI_MMIO, layout.PCI_MMIO + layout.PCI_MMIO_SIZE)
         self.high_mmio = Space("64-bit MMIO", high, high + layout.HIGH_MMIO_SIZE)
         self.gsi = Space("interrupt lines", layout.GSI_PCI_FIRST, layout.GSI_COUNT)
+        self.messages = Space("message-signalled interrupts", layout.GSI_COUNT, layout.GSI_MAX)
 
 
 def _align(value: int, align: int) -> int:

@@ -68,7 +68,7 @@ class Route:
 
     @classmethod
     def checked(cls, start: int, size: int, index: int, space: int, base_offset: int = 0) -> Self:
-        """Reads go to the device as from `device`; a write is an IO exit, for Python to pass on or to drop."""
+        """Reads go to the device as from `device`; a write is an IO exit, for Python to pass on or drop."""
         return cls(start, size, RouteKind.CHECKED, index, space, base_offset)
 
     @classmethod

@@ -68,6 +68,7 @@ PCI_IO: Final = 0xC000
 PCI_IO_SIZE: Final = 0x10000 - PCI_IO
 GSI_PCI_FIRST: Final = 5
 GSI_COUNT: Final = 24  # the pins of one 82093AA I/O APIC
+GSI_MAX: Final = 4096  # KVM's limit; those that are no pin carry MSI messages
 IOAPIC_ID: Final = (
     0  # as the chip resets; xAPICs (version 0x14) share no bus, so a processor's id may be equal
 )
