@@ -102,7 +102,7 @@ def test_no_file_opens(policy):
 
 
 RUNS = (Ioctl.KVM_RUN, Ioctl.KVM_INTERRUPT)
-ROUTES = (Ioctl.KVM_SET_GSI_ROUTING, Ioctl.KVM_SIGNAL_MSI, Ioctl.KVM_IRQFD)
+ROUTES = (Ioctl.KVM_SET_GSI_ROUTING, Ioctl.KVM_SIGNAL_MSI, Ioctl.KVM_IRQFD, Ioctl.KVM_IOEVENTFD)
 
 
 @pytest.mark.parametrize("command", [*RUNS, *ROUTES])
@@ -112,10 +112,22 @@ def test_a_vcpu_thread_runs_and_routes_its_own_vm_only(command):
     assert fate("supervisor", ioctl(OURS, command)) == -signal.SIGSYS
 
 
+def test_a_vcpu_thread_sees_and_takes_the_events_of_interrupts():
+    eventfd = os.eventfd(1)
+
+    def look():
+        poll = select.poll()
+        poll.register(eventfd, select.POLLIN)
+        assert poll.poll(0)
+        os.eventfd_read(eventfd)
+
+    assert fate("vcpu", look) == 0
+
+
 VCPU_MAY_NOT = {
     "read": lambda: os.read(OURS, 1),
     "close": lambda: os.close(OTHER),
-    "poll": lambda: select.poll().poll(0),
+    "wait for descriptors": lambda: select.poll().poll(1),
     "sleep": lambda: time.sleep(0),
     "kill": lambda: os.kill(2**22 - 2, signal.SIGKILL),
     "wait": lambda: os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG),
