@@ -7,17 +7,15 @@ are all ones, writes vanish, both counted by the exit loop.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from devproc.wire import Space
 from kvmcore.errors import ConfigError
 from kvmcore.exitloop import Core, Route
-from supervisor.pcishadow import Mapping
 
 
 class Handler(Protocol):
@@ -42,6 +40,20 @@ class DeviceTarget:
     index: int
     space: Space
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A device's registers whose writes come here first: the exit loop reads from the device itself."""
+
+    index: int
+    space: Space
+    offset: int
+    write: Callable[[int, int, int], None]
+
+    def read(self, offset: int, size: int) -> int:
+        """Never reached; all ones if it were."""
+        return (1 << 8 * size) - 1
 
 
 @dataclass(frozen=True)
@@ -129,6 +141,8 @@ def _route(claim: Claim) -> Route:
     match claim.target:
         case DeviceTarget(index, space, offset):
             return Route.device(claim.start, claim.size, index, space, offset)
+        case Checked(index, space, offset):
+            return Route.checked(claim.start, claim.size, index, space, offset)
         case PciConfig():
             return Route.pci_config(claim.start, claim.size, Space.CONFIG)
         case _:
@@ -143,19 +157,19 @@ class Buses:
         self.io = Bus("io", io_size)
         self.mmio = Bus("mmio", mmio_size)
 
-    def place_bars(self, owner: str, index: int, mappings: Sequence[Mapping]) -> None:
-        """Put the BARs of function `owner`, device number `index`, where the guest has moved them.
+    def place(self, owner: str, claims: Iterable[Claim]) -> bool:
+        """Put what `owner` has in memory where the guest has moved it, and publish that.
 
-        A BAR that the guest has put on top of something else is not decoded at all: the others stay.
+        False if something else is there: `owner` then has nothing, and the others keep what they have.
         """
-        for bus, wanted in ((self.io, "io"), (self.mmio, "mem")):
-            bus.replace(owner, ())
-            for m in mappings:
-                if m.bar.kind.startswith(wanted):
-                    target = DeviceTarget(index, Space(Space.BAR0 + m.bar.index))
-                    with contextlib.suppress(ConfigError):
-                        bus.insert(Claim(m.base, m.bar.size, owner, target))
+        placed = True
+        try:
+            self.mmio.replace(owner, claims)
+        except ConfigError:
+            self.mmio.replace(owner, ())
+            placed = False
         self.publish()
+        return placed
 
     def publish(self) -> None:
         """Swap the exit loop's table for what is claimed now."""

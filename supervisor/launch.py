@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,13 +24,13 @@ from kvmcore.kvm import Kvm, Vm
 from kvmcore.memory import GuestMemory
 from policies.errors import PolicyError
 from supervisor import confine, control, ending, machine
-from supervisor.bus import Buses, Claim, DeviceTarget, PciConfig
+from supervisor.bus import Buses, Claim, DeviceTarget
 from supervisor.config import LEARN, RunConfig
 from supervisor.ending import Ending
 from supervisor.host import Host
 from supervisor.janitor import Janitor
 from supervisor.machine import Instance
-from supervisor.pcishadow import FunctionShadow, PciBus
+from supervisor.pciroot import PciRoot
 from supervisor.proxy import Proxy
 from supervisor.runloop import RunLoop, Signals
 from supervisor.spawn import Spawner
@@ -129,18 +129,18 @@ class _Launch:
             proxies = self._spawn(spawner, instances, mode, recorder)
         with step("build the buses"):
             chip = SplitChip(vm, router, vcpus[0], buses) if split else None
-            self._connect(core, buses, proxies)
+            ecam_buses = _ECAM_BUSES * config.pcie_ecam
+            pci = PciRoot(core, buses, vm, router, memory, ecam_buses)
+            irqfd = chip.connect if chip is not None else vm.irqfd
+            for proxy in proxies:
+                self._connect(proxy, buses, pci, irqfd, spawner.eventfds.get(proxy.name, {}))
             buses.publish()
-            for instance in instances:
-                if instance.gsi is not None:
-                    irqfd = chip.connect if chip is not None else vm.irqfd
-                    irqfd(spawner.eventfds[instance.name]["irq"][0], instance.gsi)
         with step("load the kernel"):
             kernel = bzimage.load(config.kernel, memory)
         with step("write the boot data"):
             memory.write(
                 layout.RSDP,
-                acpi.build(machine.acpi_machine(config, memory.size, _ECAM_BUSES * config.pcie_ecam)),
+                acpi.build(machine.acpi_machine(config, memory.size, ecam_buses)),
             )
             memory.write(layout.MP_TABLE, mptable.build(range(config.cpus), machine.pci_interrupts()))
             bootparams.write(
@@ -149,7 +149,7 @@ class _Launch:
                 config.command_line(machine.SERIAL_BASES),
                 config.initrd,
                 setup_data,
-                _ECAM_BUSES * config.pcie_ecam,
+                ecam_buses,
             )
             cpusetup.write_tables(memory)
         with step("set the vCPUs up"):
@@ -190,7 +190,7 @@ class _Launch:
             jail.drop_privileges()
         how = loop.run(threads, seal)
         if config.verbose:
-            self._say_accesses(core, proxies)
+            self._say_accesses(core, proxies, pci)
         return how
 
     @contextmanager
@@ -209,12 +209,15 @@ class _Launch:
             done_ms = (time.monotonic_ns() - self.began_ns) / 1e6
             self.say(f"{done_ms:8.1f} ms: {name}: done", level="info", event="step")
 
-    def _say_accesses(self, core: Core, proxies: Sequence[Proxy]) -> None:
+    def _say_accesses(self, core: Core, proxies: Sequence[Proxy], pci: PciRoot) -> None:
         """What the guest did to each device, and how long it was kept waiting."""
         for proxy in proxies:
             reads, writes, wait_ns = core.device_counters(proxy.index)
             text = f"{proxy.name}: {reads} reads, {writes} writes, {wait_ns / 1e6:.1f} ms waited"
             self.say(text, level="info", event="accesses", device=proxy.name)
+        for function in pci.functions:
+            text = f"{function.name}: {function.refused} writes refused"
+            self.say(text, level="info", event="accesses", device=function.name)
         reads, writes = core.float_counters()
         self.say(f"nobody: {reads} reads, {writes} writes", level="info", event="accesses")
 
@@ -278,24 +281,26 @@ class _Launch:
             )
         return proxies
 
-    def _connect(self, core: Core, buses: Buses, proxies: Sequence[Proxy]) -> None:
-        """Every device's registers on the buses, PCI configuration in front of the functions."""
-        slots = {p.instance.pci_slot: p for p in proxies}
-        pci = PciBus(
-            lambda: core.pci_address,
-            lambda slot, bars: buses.place_bars(f"{slots[slot].name} BARs", slots[slot].index, bars),
-        )
-        for proxy in proxies:
-            for p in proxy.instance.ports:
-                target = DeviceTarget(proxy.index, p.space, p.offset)
-                buses.io.insert(Claim(p.base, p.size, proxy.name, target))
-            if proxy.instance.pci_slot is not None:
-                pci.add(proxy.instance.pci_slot, proxy, FunctionShadow())
-                core.set_pci_function(proxy.instance.pci_slot << 3, proxy.index)
-        buses.io.insert(Claim(machine.PCI_CONFIG_BASE, 8, "pci", PciConfig(pci.port_write)))
-        if self.config.pcie_ecam:
-            ecam = PciConfig(pci.ecam_write)
-            buses.mmio.insert(Claim(layout.ECAM, layout.ecam_size(_ECAM_BUSES), "pci", ecam))
+    def _connect(
+        self,
+        proxy: Proxy,
+        buses: Buses,
+        pci: PciRoot,
+        irqfd: Callable[..., None],
+        eventfds: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Put a device's registers on the buses, and its interrupt on its line."""
+        instance = proxy.instance
+        for p in instance.ports:
+            buses.io.insert(Claim(p.base, p.size, proxy.name, DeviceTarget(proxy.index, p.space, p.offset)))
+        if instance.pci_slot is not None:
+            pci.add(proxy, instance.pci_slot, eventfds)
+        if instance.gsi is None:
+            return
+        if instance.entry.virtio is None:
+            irqfd(eventfds["irq"][0], instance.gsi)
+        else:
+            irqfd(eventfds["intx"][0], instance.gsi, eventfds["resample"][0])
 
     def _ps(self, proxies: Sequence[Proxy], nursery: Zygote) -> dict[str, Any]:
         processes = [[p.name, p.pid] for p in proxies if not p.reaped]

@@ -1,87 +1,51 @@
 """PCI configuration access and the supervisor's own shadow of each function (PCI 3.0, 3.2.2.3 and 6).
 
-The shadow keeps what decides where things are mapped (command register, BARs), taken from the
-guest's writes and never from what a device answers; a device process cannot move a BAR.
+The shadow keeps what decides where things are mapped (command register, BAR), taken from the guest's writes
+and never from what a device answers; a device process cannot move a BAR.
 
-Left out: bridges and buses other than 0.
+Left out: bridges and buses other than 0; I/O and 64-bit BARs, and more than one.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
-COMMAND = 0x04
-COMMAND_IO, COMMAND_MEMORY = 0x1, 0x2
-BAR0 = 0x10
-_BARS = 6
-CONFIG_SIZE = 256
+COMMAND: Final = 0x04
+COMMAND_MEMORY: Final = 0x2
+BAR0: Final = 0x10
+CONFIG_SIZE: Final = 256  # of a function's 4 KiB, what any of its registers is in
 
 
-class ConfigSpace(Protocol):
-    """The owner of a function's configuration space: a device process behind its proxy."""
+class Function(Protocol):
+    """Takes the writes to one function's configuration space."""
 
     def config_write(self, offset: int, size: int, data: int) -> None: ...
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One base address register as the function declares it before it starts; `size` a power of two."""
-
-    index: int
-    kind: str  # "io", "mem32" or "mem64" (which also takes register index + 1)
-    size: int
-
-
-@dataclass(frozen=True)
-class Mapping:
-    """Where a BAR is decoded now."""
-
-    bar: Bar
-    base: int
-
-
 class FunctionShadow:
-    """What the guest has written to the registers that place a function's BARs."""
+    """What the guest has written to a function's configuration space; its one BAR has `bar_size` bytes."""
 
-    def __init__(self, bars: tuple[Bar, ...] = ()) -> None:
-        self.bars = bars
-        self._command = 0
-        self._registers = [0] * _BARS
+    def __init__(self, bar_size: int) -> None:
+        self._bar_size = bar_size
+        self._written = bytearray(CONFIG_SIZE)
 
-    def write(self, offset: int, size: int, data: int) -> bool:
-        """Note a configuration write; True if any mapping may have changed."""
-        before = self.mappings()
-        for i in range(size):
-            at, byte = offset + i, data >> 8 * i & 0xFF
-            if COMMAND <= at < COMMAND + 2:
-                self._command = _put(self._command, at - COMMAND, byte)
-            elif BAR0 <= at < BAR0 + 4 * _BARS:
-                n, part = divmod(at - BAR0, 4)
-                self._registers[n] = _put(self._registers[n], part, byte)
-        return self.mappings() != before
+    def write(self, offset: int, size: int, data: int) -> None:
+        if offset + size <= CONFIG_SIZE:
+            self._written[offset : offset + size] = data.to_bytes(size, "little")
 
-    def mappings(self) -> tuple[Mapping, ...]:
-        """Every BAR that is decoded: enabled in the command register, and at an address."""
-        found = []
-        for bar in self.bars:
-            enable = COMMAND_IO if bar.kind == "io" else COMMAND_MEMORY
-            value = self._registers[bar.index]
-            limit = 1 << 16 if bar.kind == "io" else 1 << 32
-            if bar.kind == "mem64":
-                value |= self._registers[bar.index + 1] << 32
-                limit = 1 << 64
-            # The low bits are hard-wired; all ones is the guest asking for the size, not an address.
-            base = value & ~(bar.size - 1) & (limit - 1)
-            if self._command & enable and base and base + bar.size < limit:
-                found.append(Mapping(bar, base))
-        return tuple(found)
+    def read(self, offset: int, size: int) -> int:
+        """What the guest wrote last, 0 at first; the function itself may answer otherwise."""
+        return int.from_bytes(self._written[offset : offset + size], "little")
 
-
-def _put(value: int, part: int, byte: int) -> int:
-    return value & ~(0xFF << 8 * part) | byte << 8 * part
+    @property
+    def base(self) -> int | None:
+        """Where the BAR is decoded; None: disabled in the command register, or at no address."""
+        # The low bits are hard-wired; all ones is the guest asking for the size, not an address.
+        base = self.read(BAR0, 4) & -self._bar_size
+        at_an_address = 0 < base < (1 << 32) - self._bar_size
+        return base if self.read(COMMAND, 2) & COMMAND_MEMORY and at_an_address else None
 
 
 class PciBus:
@@ -91,19 +55,19 @@ class PciBus:
 
     Args:
         address: CONFIG_ADDRESS as the guest last wrote it.
-        remap: called with the device number and its mappings after a write that moved a BAR.
+        settle: called after every write, which may have moved a BAR.
     """
 
-    def __init__(self, address: Callable[[], int], remap: Callable[[int, tuple[Mapping, ...]], None]) -> None:
-        self._functions: dict[int, tuple[ConfigSpace, FunctionShadow]] = {}
+    def __init__(self, address: Callable[[], int], settle: Callable[[], None]) -> None:
+        self._functions: dict[int, Function] = {}
         self._address = address
-        self._remap = remap
+        self._settle = settle
         self._lock = threading.Lock()  # a vCPU must not remap while another does
 
-    def add(self, slot: int, owner: ConfigSpace, shadow: FunctionShadow) -> None:
+    def add(self, slot: int, function: Function) -> None:
         """Function 0 of device `slot` (0..31)."""
         assert slot not in self._functions and 0 <= slot < 32
-        self._functions[slot] = (owner, shadow)
+        self._functions[slot] = function
 
     def port_write(self, offset: int, size: int, data: int) -> None:
         """`offset` from 0xcf8."""
@@ -118,8 +82,6 @@ class PciBus:
         found = None if bdf & 0x7 or bdf >> 8 else self._functions.get(bdf >> 3)
         if found is None:  # the exit loop knew it, so another vCPU has moved the address meanwhile
             return
-        owner, shadow = found
         with self._lock:
-            owner.config_write(offset, size, data)
-            if shadow.write(offset, size, data):
-                self._remap(bdf >> 3, shadow.mappings())
+            found.config_write(offset, size, data)
+            self._settle()

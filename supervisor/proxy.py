@@ -103,14 +103,18 @@ class Proxy:
                 self._say(text)
         self._asked_at_s = time.monotonic()
 
-    # -- the one access from Python; all others are the exit loop's
+    # -- the accesses from Python; all others are the exit loop's
 
-    def config_write(self, offset: int, size: int, data: int) -> None:
+    def write(self, space: Space, offset: int, size: int, data: int) -> None:
         """Marked, not posted: what it changes is in force when the guest goes on.  Raises DeviceDied."""
         try:
-            self._core.write(self.index, Space.CONFIG, offset, size, data, posted=False)
+            self._core.write(self.index, space, offset, size, data, posted=False)
         except DeviceGone as e:
             raise DeviceDied(self.name, str(e)) from None
+
+    def config_write(self, offset: int, size: int, data: int) -> None:
+        """`write` to configuration space."""
+        self.write(Space.CONFIG, offset, size, data)
 
     # -- the control channel
 

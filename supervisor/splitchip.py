@@ -2,9 +2,11 @@
 
 They are in the supervisor because they are interrupt routing: what the guest writes to the IOAPIC becomes
 KVM's routing table, and an edge then goes from a device's eventfd to a local APIC without coming here.
-Only a line that the guest takes through the PIC instead (its IOAPIC pin masked, its PIC input not) is
-watched by the run loop and injected as an ExtINT on vCPU 0 (Linux, Documentation/virt/kvm/api.rst, 4.16
-KVM_INTERRUPT and 7.5 KVM_CAP_SPLIT_IRQCHIP).
+The run loop watches two kinds of lines instead: one that the guest takes through the PIC (its IOAPIC pin
+masked, its PIC input not), which is injected as an ExtINT on vCPU 0, and the levels of PCI, which fall when
+the guest ends the interrupt, and whose devices are then asked to look again, as KVM does with a resampling
+irqfd (Linux, Documentation/virt/kvm/api.rst, 4.16 KVM_INTERRUPT, 4.75 KVM_IRQFD, 7.5 KVM_CAP_SPLIT_IRQCHIP).
+Left out: levels through a PIC in automatic EOI mode, which never fall.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import contextlib
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvmcore import layout
 from kvmcore.ioapic import IoApic
@@ -46,7 +48,9 @@ class SplitChip:
         self._ioapic = IoApic(vm.signal_msi)
         self._pic = DualPic()
         self._lock = threading.Lock()
-        self._wires: dict[int, int] = {}  # eventfd -> GSI
+        self._wires: dict[int, int] = {}  # eventfd -> GSI, of edges
+        self._levels: dict[int, tuple[int, int]] = {}  # eventfd -> GSI, eventfd to resample
+        self._high: set[int] = set()  # GSIs of levels that have not been ended
         self._by_pic: set[int] = set()  # eventfds that go to the PIC now
         buses.mmio.insert(
             Claim(
@@ -57,9 +61,12 @@ class SplitChip:
             at = self._pic_ports(base)
             buses.io.insert(Claim(base, 2, "pic", at))
 
-    def connect(self, eventfd: int, gsi: int) -> None:
-        """An edge on `eventfd` is an edge on `gsi`."""
+    def connect(self, eventfd: int, gsi: int, resample: int | None = None) -> None:
+        """An edge on `eventfd` is an edge on `gsi`, or with `resample` raises it until the guest's EOI."""
         with self._lock:
+            if resample is not None:
+                self._levels[eventfd] = gsi, resample
+                return
             self._wires[eventfd] = gsi
             self._vm.irqfd(eventfd, gsi)
 
@@ -85,8 +92,11 @@ class SplitChip:
 
         def write(offset: int, size: int, data: int) -> None:
             with self._lock:
+                serving = self._pic.in_service
                 for i in range(size):
                     self._pic.write(base + offset + i, data >> 8 * i & 0xFF)
+                ended = serving & ~self._pic.in_service
+                self._lower([gsi for gsi in self._high if ended >> gsi & 1])
                 self._rewire()
                 pending = self._pic.intr
             if pending:
@@ -97,7 +107,7 @@ class SplitChip:
     def end_of_interrupt(self, vector: int) -> None:
         """KVM_EXIT_IOAPIC_EOI."""
         with self._lock:
-            self._ioapic.end_of_interrupt(vector)
+            self._lower(self._ioapic.end_of_interrupt(vector))
 
     def inject(self) -> None:
         """On vCPU 0's thread, outside the guest: give it what the PICs ask for, or ask KVM when it can be."""
@@ -106,7 +116,24 @@ class SplitChip:
                 self._bsp.interrupt(self._pic.acknowledge())
             self._bsp.request_interrupt_window(self._pic.intr)
 
-    # -- the lines that the PIC has
+    # -- the lines that the run loop watches
+
+    def _lower(self, gsis: Sequence[int]) -> None:
+        """The guest has ended these: have their devices look whether they still want attention."""
+        for gsi in gsis:
+            self._high.discard(gsi)
+            self._drive(gsi, False)
+        for gsi, resample in self._levels.values():
+            if gsi in gsis:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(resample, 1)
+        if gsis:
+            self.wake()
+
+    def _drive(self, gsi: int, level: bool) -> None:
+        self._ioapic.set_level(gsi, level)
+        if gsi < _PIC_IRQS:
+            self._pic.set_line(gsi, level)
 
     def _rewire(self) -> None:
         """Give each line to KVM or to the PIC, as the guest's masks now say."""
@@ -121,20 +148,26 @@ class SplitChip:
             self.wake()
 
     def wants(self) -> dict[int, int]:
-        """Descriptor -> poll events, for the run loop."""
+        """Descriptor -> poll events, for the run loop; a level that is high already has nothing to say."""
         with self._lock:
-            return dict.fromkeys(self._by_pic, select.POLLIN)
+            low = (fd for fd, (gsi, _) in self._levels.items() if gsi not in self._high)
+            return dict.fromkeys((*self._by_pic, *low), select.POLLIN)
 
     def ready(self, fd: int, got: int) -> None:
-        """An edge for the PIC."""
+        """An edge for the PIC, or a device that raises its level."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(fd)
         with self._lock:
-            if fd not in self._by_pic:
+            if fd in self._levels:
+                gsi, _ = self._levels[fd]
+                self._high.add(gsi)
+                self._drive(gsi, True)
+            elif fd in self._by_pic:
+                gsi = self._wires[fd]
+                self._pic.set_line(gsi, False)
+                self._pic.set_line(gsi, True)
+            else:
                 return
-            gsi = self._wires[fd]
-            self._pic.set_line(gsi, False)
-            self._pic.set_line(gsi, True)
             pending = self._pic.intr
         if pending:
             self.interrupt_bsp()

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from devproc.wire import Space
 from kvmcore.errors import ConfigError
 from kvmcore.exitloop import Core, Route
-from supervisor.bus import Bus, Buses, Callbacks, Claim, DeviceTarget
-from supervisor.pcishadow import Bar, Mapping
+from supervisor.bus import Bus, Buses, Callbacks, Checked, Claim, DeviceTarget
 
 NOBODY = Callbacks(lambda offset, size: 0, lambda offset, size, data: None)
 
@@ -129,29 +128,38 @@ def buses():
         yield Buses(core, 1 << 16, 1 << 40), index
 
 
-IO, MEM, MEM64 = Bar(0, "io", 0x20), Bar(1, "mem32", 0x1000), Bar(4, "mem64", 0x4000)
+def bar(index, base):
+    return [Claim(base, 0x1000, "blk", DeviceTarget(index, Space.BAR0))]
 
 
-def test_bars_go_to_the_bus_of_their_kind(buses):
+def test_what_has_been_placed_is_where_it_was_moved_to(buses):
     buses, index = buses
-    buses.place_bars("blk", index, (Mapping(IO, 0xC000), Mapping(MEM, 0xE0000000), Mapping(MEM64, 1 << 33)))
-    assert buses.io.routes() == [Route.device(0xC000, 0x20, index, Space.BAR0)]
-    assert buses.mmio.routes() == [
-        Route.device(0xE0000000, 0x1000, index, Space.BAR1),
-        Route.device(1 << 33, 0x4000, index, Space.BAR4),
-    ]
+    assert buses.place("blk", bar(index, 0xE0000000))
+    assert buses.place("blk", bar(index, 0xE0001000))
+    assert buses.mmio.routes() == [Route.device(0xE0001000, 0x1000, index, Space.BAR0)]
 
 
-def test_a_bar_that_is_no_longer_decoded_is_gone(buses):
+def test_what_is_no_longer_decoded_is_gone(buses):
     buses, index = buses
-    buses.place_bars("blk", index, (Mapping(IO, 0xC000),))
-    buses.place_bars("blk", index, ())
-    assert buses.io.routes() == buses.mmio.routes() == []
+    buses.place("blk", bar(index, 0xE0000000))
+    assert buses.place("blk", [])
+    assert buses.mmio.routes() == []
 
 
-def test_a_bar_on_top_of_another_device_is_not_decoded_and_the_rest_stays(buses):
+def test_what_is_put_on_top_of_another_is_not_decoded_and_the_other_stays(buses):
     buses, index = buses
-    buses.io.insert(Claim(0x3F8, 8, "serial1", DeviceTarget(index, Space.PORT)))
-    buses.place_bars("blk", index, (Mapping(IO, 0x3E0), Mapping(MEM, 0xE0000000)))
-    assert [c.owner for c in buses.io.claims()] == ["serial1"]
-    assert [c.start for c in buses.mmio.claims()] == [0xE0000000]
+    buses.mmio.insert(Claim(0xE0000800, 8, "ioapic", NOBODY))
+    buses.place("blk", bar(index, 0xE0002000))
+    assert not buses.place("blk", bar(index, 0xE0000000))
+    assert [c.owner for c in buses.mmio.claims()] == ["ioapic"]
+
+
+def test_a_checked_claim_is_read_from_its_device_and_written_here(buses):
+    buses, index = buses
+    got = []
+    checked = Checked(index, Space.BAR0, 0x10, lambda *write: got.append(write))
+    buses.place("blk", [Claim(0xE0000000, 0x1000, "blk", checked)])
+    assert buses.mmio.routes() == [Route.checked(0xE0000000, 0x1000, index, Space.BAR0, 0x10)]
+    handler, offset = buses.mmio.handler(0xE0000014)
+    handler.write(offset, 1, 4)
+    assert got == [(0x14, 1, 4)]
