@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from devproc import jail
-from devproc.catalog import CATALOG, Entry
+from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG, Entry
 from kvmcore.errors import ConfigError
 from policies.compile import compile_notify
 from policies.parse import load
@@ -31,6 +31,8 @@ _NONE: Final = "none"
 _CAPABILITIES: Final = ("Inh", "Prm", "Eff", "Bnd", "Amb")
 _LIMITED: Final = "limited"  # by a parameter, so each instance to its own
 _LIMITS: Final = ("core file size", "data size", "file size", "locked memory", "processes", "open files")
+# Kinds of descriptors and what the kernel shows them as; all others are whatever the user named.
+_SHOWN: Final = {"signal": "eventfd", "kick": "eventfd", "memory": "memory"}
 _MOUNT_FLAGS: Final = ("ro", "nosuid", "nodev", "noexec")
 
 Verdict = Literal["as declared", "differs", "hidden"]
@@ -319,16 +321,14 @@ def _guest_memory(process: _Process) -> Look:
 
 
 def _declared(entry: Entry) -> str:
-    kinds = {0: "null", 1: "null"}
-    for name, fd in entry.slots().items():
-        kinds[fd] = {"FD_LOG": "pipe", "FD_ACCESS": "socket", "FD_CONTROL": "socket"}.get(name, "")
-    for d in entry.descriptors:
-        kinds[entry.slots()[f"FD_{d.name.upper()}"]] = "eventfd" if d.kind == "signal" else "stream"
+    kinds = {0: "null", 1: "null", FD_LOG: "pipe", FD_ACCESS: "socket", FD_CONTROL: "socket"}
+    for d, numbers in entry.own_slots():
+        kinds |= dict.fromkeys(numbers, _SHOWN.get(d.kind, "stream"))
     return ", ".join(f"{fd} {kind}" for fd, kind in sorted(kinds.items()))
 
 
 def _held(process: _Process, entry: Entry) -> str:
-    streams = {entry.slots()[f"FD_{d.name.upper()}"] for d in entry.descriptors if d.kind != "signal"}
+    streams = {fd for d, numbers in entry.own_slots() if d.kind not in _SHOWN for fd in numbers}
     held = {int(fd): _kind(process, fd) for fd in process.list("fd")}
     for fd in streams & held.keys():
         if held[fd] in ("pipe", "socket", "null", "terminal", "file"):  # whatever the user gave the console
@@ -340,6 +340,8 @@ def _kind(process: _Process, fd: str) -> str:
     target = process.link(f"fd/{fd}")
     if target == "/dev/null":
         return "null"
+    if target.startswith("/memfd:guest-memory"):
+        return "memory"
     if not target.startswith("/"):
         return target.removeprefix("anon_inode:").strip("[]").partition(":")[0]
     mode = os.stat(f"/proc/{process.pid}/fd/{fd}").st_mode
