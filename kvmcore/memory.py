@@ -84,16 +84,16 @@ class GuestMemory:
     def _offset(self, gpa: int, size: int) -> int:
         """The file offset of [gpa, gpa + size), all of it checked."""
         if size >= 0:
-            for region in self.regions:
-                if 0 <= gpa - region.gpa <= region.size - size:
-                    return gpa - region.gpa + region.offset
+            for start, length, offset in self.regions:
+                if 0 <= gpa - start <= length - size:
+                    return gpa - start + offset
         raise MemoryFault(gpa, size)
 
     def holds(self, gpa: int, size: int) -> bool:
         """Whether [gpa, gpa + size) is wholly RAM."""
         if size >= 0:
-            for region in self.regions:
-                if 0 <= gpa - region.gpa <= region.size - size:
+            for start, length, _ in self.regions:
+                if 0 <= gpa - start <= length - size:
                     return True
         return False
 
