@@ -77,7 +77,7 @@ def _arguments() -> argparse.ArgumentParser:
         help="a disk, in the order of /dev/vda, vdb...: path=,ro,root,format=raw,sparse=,direct,id=,"
         "block-size=,queues=,bps=,iops=",
     )
-    add("--rng", action=argparse.BooleanOptionalAction, default=None, help="virtio entropy device [off]")
+    add("--rng", action=argparse.BooleanOptionalAction, default=None, help="a source of random numbers [on]")
     add("--android-fstab", metavar="FILE", help="fstab to hand to the guest in a device tree")
     add("-s", "--socket", metavar="PATH", help="make a control socket there, for vmsup ps and vmsup stop")
     add("--jail", action="store_const", const="full", help="jail every device process; this is the default")

@@ -130,7 +130,7 @@ class RunConfig:
     block: tuple[BlockConfig, ...] = ()
     irqchip: str = "kernel"
     pcie_ecam: bool = True
-    rng: bool = False
+    rng: bool = True
     android_fstab: str | None = None
     socket: str | None = None
     jail: str = "full"
