@@ -1,8 +1,9 @@
-"""The guest's half of a virtqueue, for tests and fuzzing: real rings in real memory (virtio 1.2, 2.7, 2.8).
+"""The guest's half, for tests and fuzzing: real rings in real memory (virtio 1.2, 2.7, 2.8), and PCI (4.1).
 
 Written apart from `devproc.virtio`, so that each half checks the other.  A driver keeps to the
-specification unless its raw methods are called: `SplitDriver.descriptor` and `offer`, or
-`PackedDriver.descriptor`.  What a device gives back is checked: an AssertionError is the device's bug.
+specification unless its raw methods are called: `SplitDriver.descriptor` and `offer`,
+`PackedDriver.descriptor`, or `PciDriver.get` and `put`.  What a device gives back is checked: an
+AssertionError is the device's bug.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from devproc.virtio import spec
 from devproc.virtio.chain import Span
+from devproc.wire import Space
 from kvmcore.memory import GuestMemory
 
 
@@ -320,3 +322,164 @@ class PackedDriver(Driver):
         return any(
             event == at % self.size | self._wrap(at) << 15 for at in range(self._put - added, self._put)
         )
+
+
+class Function(Protocol):
+    """A PCI function as its driver sees it: a device model, or what passes accesses on to one."""
+
+    def read(self, space: int, offset: int, size: int) -> int: ...
+    def write(self, space: int, offset: int, size: int, data: int) -> None: ...
+
+
+class NotReady(Exception):
+    """The device did not take what the driver did as the specification has it; one line."""
+
+
+class PciDriver:
+    """Brings a function up and down as Linux's virtio_pci_modern.c does, access by access.
+
+    `queues` are its rings once `start` has made them, one MiB apart from `gpa` on; `where` is, for each
+    structure (a `spec.CAP_` type), its offset in BAR 0.
+
+    Args:
+        memory: guest memory, shared with the device.
+    """
+
+    def __init__(self, function: Function, memory: GuestMemory, gpa: int = 1 << 20) -> None:
+        self.function = function
+        self.memory = memory
+        self.gpa = gpa
+        self.queues: list[Driver] = []
+        self.where: dict[int, int] = {}
+        self.msix = 0
+        self._multiplier = 0
+        self._find_structures()
+
+    def get(self, at: int, size: int) -> int:
+        """Read from the common configuration."""
+        return self.function.read(Space.BAR0, self.where[spec.CAP_COMMON_CFG] + at, size)
+
+    def put(self, at: int, size: int, data: int) -> None:
+        """Write to the common configuration."""
+        self.function.write(Space.BAR0, self.where[spec.CAP_COMMON_CFG] + at, size, data)
+
+    def config(self, at: int, size: int) -> int:
+        """Read from the device configuration."""
+        return self.function.read(Space.BAR0, self.where[spec.CAP_DEVICE_CFG] + at, size)
+
+    def set_config(self, at: int, size: int, data: int) -> None:
+        """Write to the device configuration."""
+        self.function.write(Space.BAR0, self.where[spec.CAP_DEVICE_CFG] + at, size, data)
+
+    def isr(self) -> int:
+        """Read, and by that clear, the ISR status."""
+        return self.function.read(Space.BAR0, self.where[spec.CAP_ISR_CFG], 1)
+
+    @property
+    def status(self) -> int:
+        return self.get(spec.DEVICE_STATUS, 1)
+
+    def add_status(self, bits: int) -> None:
+        """Set more bits of the device status."""
+        self.put(spec.DEVICE_STATUS, 1, self.status | bits)
+
+    def offered(self) -> int:
+        """The features that the device offers."""
+        low, high = (self._feature(select) for select in (0, 1))
+        return low | high << 32
+
+    def reset(self) -> None:
+        """Reset the device, which must be done at once."""
+        self.put(spec.DEVICE_STATUS, 1, 0)
+        if self.status:
+            raise NotReady(f"status {self.status:#x} after a reset")
+        self.queues = []
+
+    def negotiate(self, features: int) -> None:
+        """Reset, and accept `features`; NotReady if the device does not agree."""
+        self.reset()
+        self.add_status(spec.ACKNOWLEDGE)
+        self.add_status(spec.DRIVER)
+        for select in (0, 1):
+            self.put(spec.DRIVER_FEATURE_SELECT, 4, select)
+            self.put(spec.DRIVER_FEATURE, 4, features >> 32 * select & 0xFFFF_FFFF)
+        self.add_status(spec.FEATURES_OK)
+        if not self.status & spec.FEATURES_OK:
+            raise NotReady(f"features {features:#x} are not accepted")
+
+    def start(self, features: int = spec.F_VERSION_1, *, size: int = 0, msix: bool = True) -> None:
+        """From reset to DRIVER_OK with all queues, `size` entries each [the most that each can have].
+
+        Vector 0 is for the configuration, vector n + 1 for queue n.
+        """
+        pci = self.function
+        command = pci.read(Space.CONFIG, 4, 2) & ~0x0400
+        pci.write(Space.CONFIG, 4, 2, command | 0x0006 | (0x0400 if msix else 0))
+        self.negotiate(features)
+        pci.write(Space.CONFIG, self.msix + 2, 2, 0x8000 if msix else 0)
+        if msix:
+            self._vector(spec.CONFIG_MSIX_VECTOR, 0)
+        for index in range(self.get(spec.NUM_QUEUES, 2)):
+            self._set_up(index, features, size, msix)
+        for index in range(len(self.queues)):
+            self.put(spec.QUEUE_SELECT, 2, index)
+            self.put(spec.QUEUE_ENABLE, 2, 1)
+        self.add_status(spec.DRIVER_OK)
+
+    def kick(self, index: int) -> None:
+        """Notify the queue by its register, as if no ioeventfd took it, unless the device needs no notice."""
+        if self.queues[index].kick_wanted():
+            self.notify(index)
+
+    def notify(self, index: int) -> None:
+        """Notify the queue, whether or not the device wants that."""
+        self.put(spec.QUEUE_SELECT, 2, index)
+        at = self.where[spec.CAP_NOTIFY_CFG] + self._multiplier * self.get(spec.QUEUE_NOTIFY_OFF, 2)
+        self.function.write(Space.BAR0, at, 2, index)
+
+    def _find_structures(self) -> None:
+        read = self.function.read
+        assert read(Space.CONFIG, 0, 2) == spec.PCI_VENDOR
+        assert read(Space.CONFIG, 6, 2) & 0x10, "no capabilities"
+        at = read(Space.CONFIG, 0x34, 1)
+        for _ in range(48):
+            if not at:
+                return
+            id, after, _, kind = (read(Space.CONFIG, at + i, 1) for i in range(4))
+            if id == 0x11:
+                self.msix = at
+            elif id == 0x09:
+                assert read(Space.CONFIG, at + spec.CAP_BAR, 1) == 0
+                self.where.setdefault(kind, read(Space.CONFIG, at + spec.CAP_OFFSET, 4))
+                if kind == spec.CAP_NOTIFY_CFG:
+                    self._multiplier = read(Space.CONFIG, at + spec.CAP_NOTIFY_OFF_MULTIPLIER, 4)
+            at = after
+        raise NotReady("the list of capabilities has a loop")
+
+    def _feature(self, select: int) -> int:
+        self.put(spec.DEVICE_FEATURE_SELECT, 4, select)
+        return self.get(spec.DEVICE_FEATURE, 4)
+
+    def _set_up(self, index: int, features: int, size: int, msix: bool) -> None:
+        self.put(spec.QUEUE_SELECT, 2, index)
+        most = self.get(spec.QUEUE_SIZE, 2)
+        assert most and not self.get(spec.QUEUE_ENABLE, 2), f"queue {index} is not to be had"
+        kind = PackedDriver if features & spec.F_RING_PACKED else SplitDriver
+        queue = kind(self.memory, self.gpa + (index << 20), min(size, most) or most, features)
+        self.put(spec.QUEUE_SIZE, 2, queue.size)
+        for at, gpa in (
+            (spec.QUEUE_DESC, queue.desc),
+            (spec.QUEUE_DRIVER, queue.driver),
+            (spec.QUEUE_DEVICE, queue.device),
+        ):
+            self.put(at, 4, gpa & 0xFFFF_FFFF)
+            self.put(at + 4, 4, gpa >> 32)
+        if msix:
+            self._vector(spec.QUEUE_MSIX_VECTOR, index + 1)
+        queue.interrupts(1)
+        self.queues.append(queue)
+
+    def _vector(self, at: int, vector: int) -> None:
+        self.put(at, 2, vector)
+        if self.get(at, 2) != vector:
+            raise NotReady(f"vector {vector} is not to be had")

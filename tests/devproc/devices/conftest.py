@@ -1,24 +1,41 @@
-"""A bench on which any catalogue entry's model runs: fake clocks, signals, input and output."""
+"""A bench on which any catalogue entry's model runs: fake clocks, signals, input and output, real memory."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from devproc.catalog import CATALOG
+from devproc.catalog import CATALOG, MEMORY_PARAMS, Descriptor, Entry
+from devproc.driver import PciDriver
 from devproc.wire import Space
+from kvmcore.memory import GuestMemory
 
 PARAMS = {"mem_below_4g": 1 << 30, "mem_above_4g": 2 << 30}
+MEMORY = ((0, 16 << 20), (1 << 32, 1 << 20))
+
+
+class Port:
+    """Whatever kind a port is, the handlers that the model gave it."""
+
+    def __init__(self, **methods: Any) -> None:
+        self.handlers: tuple[Callable[..., Any], ...] = ()
+        self.__dict__ |= methods
+
+    def listen(self, *handlers: Callable[..., Any]) -> None:
+        self.handlers = handlers
 
 
 class Bench:
     """The host's side of one device model, and its guest's: all ports, built from the catalogue entry."""
 
-    def __init__(self, name: str, **params: int) -> None:
-        entry = CATALOG[name]
+    def __init__(self, name: str | Entry, memory: GuestMemory | None = None, **params: int) -> None:
+        entry = CATALOG[name] if isinstance(name, str) else name
         self.name = name
         self.now_ns = 5_000_000_000_000
         self.wall_ns = 1_700_000_000_000_000_000  # 2023-11-14 22:13:20 UTC, a Tuesday
@@ -26,16 +43,46 @@ class Bench:
         self.typed = bytearray()
         self.sent = bytearray()
         self.room = 1 << 30
-        ports: dict[str, Any] = {}
-        for d in entry.descriptors:
-            ports[d.name] = self if d.kind != "signal" else self.signal(d.name)
-        for p in entry.params:
-            ports[p.name] = params.get(p.name, PARAMS[p.name])
-        for source in entry.sources:
-            ports[source] = getattr(self, source)
-        self.model = getattr(importlib.import_module(entry.module), entry.model)(**ports)
+        self.said: list[str] = []
+        self.draws = 0
+        self.input = Port(read=self.read)
+        self.output = Port(write=self.write)
+        if entry.guest_memory:
+            self.memory = memory or GuestMemory.create(MEMORY)
+            if memory is None:
+                weakref.finalize(self, os.close, self.memory.fd)
+        own = entry.params if not entry.guest_memory else entry.params[len(MEMORY_PARAMS) :]
+        self.ports: dict[str, Any] = {d.name: self.port(d) for d in entry.descriptors}
+        values = {p.name: params.get(p.name, PARAMS.get(p.name)) for p in own}
+        sources = {source: getattr(self, source) for source in entry.sources}
+        model = getattr(importlib.import_module(entry.module), entry.model)
+        self.model = model(**self.ports, **values, **sources)
 
     # the ports
+
+    def port(self, d: Descriptor) -> Any:
+        """What the model gets for a descriptor of the catalogue."""
+        if d.count is not None:
+            return tuple(self.one_port(d.kind, f"{d.name}{n}") for n in range(d.count))
+        return self.one_port(d.kind, d.name)
+
+    def one_port(self, kind: str, name: str) -> Any:
+        match kind:
+            case "signal":
+                return self.signal(name)
+            case "kick":
+                return Port()
+            case "memory":
+                return self.memory
+            case _:
+                return getattr(self, name)
+
+    def log(self, text: str) -> None:
+        self.said.append(text)
+
+    def entropy(self, size: int) -> bytes:
+        self.draws += 1
+        return bytes([self.draws & 0xFF]) * size
 
     def signal(self, name: str) -> Any:
         def edge() -> None:
@@ -48,9 +95,6 @@ class Bench:
 
     def wall(self) -> int:
         return self.wall_ns
-
-    def listen(self, *_handlers: Any) -> None:
-        """Called for input and for output; `pump` and `drain` go to the model itself."""
 
     def write(self, data: bytes) -> int:
         taken = data[: self.room]
@@ -72,19 +116,30 @@ class Bench:
     def outb(self, offset: int, data: int, space: int = Space.PORT) -> None:
         self.model.write(space, offset, 1, data)
 
+    def driver(self) -> PciDriver:
+        """A driver of the virtio function, which it has found and not yet brought up."""
+        return PciDriver(self.model, self.memory)
+
     # the child's loop
+
+    def kick(self, name: str, index: int | None = None) -> None:
+        """An edge on a kick, or on one of an array of them."""
+        port = self.ports[name] if index is None else self.ports[name][index]
+        port.handlers[0]()
+        self.pump()
 
     def pump(self) -> None:
         """Deliver input while the model wants it, then the deadlines that have passed."""
-        while self.typed and self.model.wants_input:
+        while self.input.handlers and self.typed and self.input.handlers[0]():
             left = len(self.typed)
-            self.model.on_input()
+            self.input.handlers[1]()
             assert len(self.typed) < left, "watched, readable and not read: a busy loop"
-        due = self.model.deadline_ns
-        if due is not None and due <= self.now_ns:
-            self.model.on_deadline(self.now_ns)
+        for _ in range(1000):
             due = self.model.deadline_ns
-            assert due is None or due > self.now_ns, "a deadline that does not move: a busy loop"
+            if due is None or due > self.now_ns:
+                return
+            self.model.on_deadline(self.now_ns)
+        raise AssertionError("a deadline that does not move: a busy loop")
 
     def type(self, data: bytes) -> None:
         self.typed += data
@@ -92,7 +147,8 @@ class Bench:
 
     def drain(self, room: int) -> None:
         self.room = room
-        self.model.on_output()
+        for on_room in self.output.handlers:
+            on_room()
 
     def advance(self, ns: int) -> None:
         """Let time pass, stopping at every deadline."""
@@ -114,10 +170,10 @@ class Bench:
 
     def fork(self) -> Bench:
         """Another bench in the same state, its model a fresh one that was given the saved state."""
-        other = Bench(self.name)
+        other = Bench(self.name, getattr(self, "memory", None))
         other.now_ns, other.wall_ns = self.now_ns, self.wall_ns
         other.typed, other.sent, other.room = bytearray(self.typed), bytearray(self.sent), self.room
-        other.edges = Counter(self.edges)
+        other.edges, other.draws = Counter(self.edges), self.draws
         other.model.restore(self.model.save())
         return other
 
