@@ -77,6 +77,13 @@ def _arguments() -> argparse.ArgumentParser:
         help="a disk, in the order of /dev/vda, vdb...: path=,ro,root,format=raw,sparse=,direct,id=,"
         "block-size=,queues=,bps=,iops=",
     )
+    add(
+        "--net",
+        action="append",
+        metavar="TAP[,KEY=VALUE,...]",
+        help="a network card on tap-name=, tap-fd= or passt: mac=,mtu=,queues=,bps=,pps=,"
+        "tcp-ports=,udp-ports=",
+    )
     add("--rng", action=argparse.BooleanOptionalAction, default=None, help="a source of random numbers [on]")
     add("--android-fstab", metavar="FILE", help="fstab to hand to the guest in a device tree")
     add("-s", "--socket", metavar="PATH", help="make a control socket there, for vmsup ps and vmsup stop")

@@ -22,6 +22,8 @@ IMAGE_FORMATS = ("raw",)
 BLOCK_QUEUES_MAX = 4
 BLOCK_ID_MAX = 20  # bytes
 RATE_MAX = 1 << 40  # of bytes or operations, per second
+NET_QUEUES_MAX = 4
+MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.2, 5.1.4.1
 LOG_FORMATS = ("text", "json")
 DEVICE_TIMEOUT_S = 2.0
 LEARN = "VMSUP_LEARN"  # DEVICE:FILE in the environment: see supervisor/recorder.py
@@ -46,6 +48,18 @@ BLOCK_KEYS = (
     Key("bps", int, 1, RATE_MAX),
     Key("iops", int, 1, RATE_MAX),
     Key("format", choices=IMAGE_FORMATS),
+)
+NET_KEYS = (
+    Key("tap-name"),
+    Key("tap-fd", int, 0, (1 << 31) - 1),
+    Key("passt", bool),
+    Key("mac"),
+    Key("queues", int, 1, NET_QUEUES_MAX),
+    Key("mtu", int, MTU_MIN, MTU_MAX),
+    Key("bps", int, 1, RATE_MAX),
+    Key("pps", int, 1, RATE_MAX),
+    Key("tcp-ports"),
+    Key("udp-ports"),
 )
 
 
@@ -117,6 +131,46 @@ class BlockConfig:
 
 
 @dataclass(frozen=True)
+class NetConfig:
+    """One network card: the tap or the passt that it is connected to, and how the guest may use it.
+
+    Without `mac` it has a random address; without `mtu` its other end's.  `bps` bytes and `pps` frames a
+    second in each direction, 0 without limit; the ports are passt's to forward, in its words.
+    """
+
+    tap_name: str | None = None
+    tap_fd: int | None = None
+    passt: bool = False
+    mac: str | None = None
+    queues: int = 1
+    mtu: int | None = None
+    bps: int = 0
+    pps: int = 0
+    tcp_ports: str | None = None
+    udp_ports: str | None = None
+
+    @classmethod
+    def from_values(cls, where: str, values: Mapping[str, Any]) -> NetConfig:
+        """A card from checked keys; what does not go together is refused.
+
+        Raises:
+            ConfigError: not exactly one other end, no Ethernet address of one card, or keys of another end.
+        """
+        net = cls(**{key.replace("-", "_"): value for key, value in values.items()})
+        if (net.tap_name is not None) + (net.tap_fd is not None) + net.passt != 1:
+            raise ConfigError(f"{where}: expected one of tap-name=, tap-fd= and passt")
+        if net.tap_name is not None and re.fullmatch(r"[^\s/:]{1,15}", net.tap_name) is None:
+            raise ConfigError(f"{where}: tap-name: expected an interface's name, not {net.tap_name!r}")
+        if net.mac is not None and re.fullmatch(r"[\da-f][02468ace](:[\da-f]{2}){5}", net.mac, re.I) is None:
+            raise ConfigError(f"{where}: mac: expected an address like 02:00:00:00:00:01, not {net.mac!r}")
+        if net.queues > 1 and net.tap_name is None:
+            raise ConfigError(f"{where}: queues= goes with tap-name=")
+        if not net.passt and (net.tcp_ports is not None or net.udp_ports is not None):
+            raise ConfigError(f"{where}: tcp-ports= and udp-ports= go with passt")
+        return net
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything `vmsup run` needs; memory in MiB, times in seconds, affinity as vCPU -> host CPUs."""
 
@@ -128,6 +182,7 @@ class RunConfig:
     params: tuple[str, ...] = ()
     serial: tuple[SerialConfig, ...] = ()
     block: tuple[BlockConfig, ...] = ()
+    net: tuple[NetConfig, ...] = ()
     irqchip: str = "kernel"
     pcie_ecam: bool = True
     rng: bool = True
@@ -239,9 +294,10 @@ _SCALARS = (
     Key("jail-report"),
 )
 # Lists of tables, each on the command line an option that may be given several times.
-_TABLES: Mapping[str, tuple[tuple[Key, ...], type[SerialConfig] | type[BlockConfig]]] = {
+_TABLES: Mapping[str, tuple[tuple[Key, ...], type[SerialConfig] | type[BlockConfig] | type[NetConfig]]] = {
     "serial": (SERIAL_KEYS, SerialConfig),
     "block": (BLOCK_KEYS, BlockConfig),
+    "net": (NET_KEYS, NetConfig),
 }
 _LISTS = ("params", *_TABLES)
 _FLOATS = ("device-timeout",)

@@ -17,7 +17,9 @@ from kvmcore.errors import ConfigError
 from kvmcore.mptable import PciInterrupt
 from supervisor.config import RunConfig
 from supervisor.console import open_serial
+from supervisor.disks import open_disk
 from supervisor.host import Opener
+from supervisor.nets import open_net
 
 SERIAL_BASES: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 SERIAL_GSIS: Final = (4, 3, 4, 3)
@@ -82,8 +84,15 @@ class Function:
 
 def virtio_functions(config: RunConfig) -> Iterator[Function]:
     """The virtio functions that `config` asks for, in the order of their slots."""
+    for n, net in enumerate(config.net, 1):
+        kind = "virtio-net-stream" if net.passt else "virtio-net"
+        yield Function(f"net{n}", kind, opens=partial(open_net, net))
     if config.rng:
         yield Function("rng", "virtio-rng")
+    for n, disk in enumerate(config.block, 1):
+        flags = int(disk.ro), int(disk.sparse)
+        params = (*flags, disk.block_size, disk.queues, disk.bps, disk.iops, disk.id.encode())
+        yield Function(f"block{n}", "virtio-blk", params, partial(open_disk, disk))
 
 
 _PCI_GSIS: Final = (5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
