@@ -71,7 +71,10 @@ class Queue(Protocol):
         """
 
     def unpop(self, chain: Chain) -> None:
-        """Give back the chain that was popped last: the next `pop` reads it from the ring again."""
+        """Give back the chain that was popped last: the next `pop` reads it from the ring again.
+
+        It may then be another one, or an error.  AssertionError: it was not the last; that is our bug.
+        """
 
     def push(self, chain: Chain, written: int) -> None:
         """Return a popped chain, with its first `written` bytes (of the writable part) filled in.

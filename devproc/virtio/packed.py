@@ -88,7 +88,7 @@ class PackedQueue:
         self._event_idx: Final = bool(features & F_EVENT_IDX)
         self._next_avail = self._next_used = position & ~_WRAP
         self._avail_wrap = self._used_wrap = bool(position & _WRAP)
-        self._out: dict[int, int] = {}  # buffer id: descriptors of its list
+        self._out: dict[int, tuple[int, bool]] = {}  # buffer id: where in the ring its list was
         self._free = size  # descriptors that are not out
         self._unannounced = 0  # descriptors used since wants_interrupt was last asked
         self._notified = False  # whether device event suppression lets the driver notify
@@ -107,16 +107,17 @@ class PackedQueue:
         chain = self._walk(at)
         if chain.id in self._out:
             raise ChainError(f"chain {chain.id}: made available again before it was used")
-        self._out[chain.id] = chain.descriptors
+        self._out[chain.id] = at, self._avail_wrap
         self._free -= chain.descriptors
         self._next_avail, self._avail_wrap = self._moved(at, self._avail_wrap, chain.descriptors)
         return chain
 
     def unpop(self, chain: Chain) -> None:
-        self._free += self._out.pop(chain.id)
-        self._next_avail, self._avail_wrap = self._moved(
-            self._next_avail, self._avail_wrap, -chain.descriptors
-        )
+        at, wrap = self._out.pop(chain.id)
+        last = self._moved(at, wrap, chain.descriptors) == (self._next_avail, self._avail_wrap)
+        assert last, f"chain {chain.id} was not popped last"
+        self._free += chain.descriptors
+        self._next_avail, self._avail_wrap = at, wrap
 
     def push(self, chain: Chain, written: int) -> None:
         at, flags = self._fill(chain, written)
@@ -131,7 +132,8 @@ class PackedQueue:
         """Write a used descriptor but for its flags: (where these are in the ring, their value)."""
         assert 0 <= written <= chain.write_size, f"{written} bytes into a chain of {chain.write_size}"
         assert chain.id in self._out, f"chain {chain.id} is not out"
-        self._free += self._out.pop(chain.id)
+        del self._out[chain.id]
+        self._free += chain.descriptors
         at, wrap = self._next_used, self._used_wrap
         _USED.pack_into(self._ring, at * DESC_SIZE + 8, min(written, 0xFFFF_FFFF), chain.id)
         self._next_used, self._used_wrap = self._moved(at, wrap, chain.descriptors)

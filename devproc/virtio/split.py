@@ -86,7 +86,7 @@ class SplitQueue:
         self._indirect: Final = bool(features & F_INDIRECT_DESC)
         self._event_idx: Final = bool(features & F_EVENT_IDX)
         self._next_avail = self._seen = self._next_used = position
-        self._out: set[int] = set()
+        self._out: dict[int, int] = {}  # head: where in the available ring it was
         self._unannounced = 0  # pushed since wants_interrupt was last asked
         self._notified = False  # whether flags in the used ring let the driver notify
 
@@ -98,13 +98,14 @@ class SplitQueue:
         if head in self._out:
             raise ChainError(f"chain {head}: made available again before it was used")
         chain = self._walk(head)
-        self._out.add(head)
+        self._out[head] = at
         self._next_avail = (at + 1) & _MASK
         return chain
 
     def unpop(self, chain: Chain) -> None:
-        self._out.remove(chain.id)
-        self._next_avail = (self._next_avail - 1) & _MASK
+        at = self._out.pop(chain.id)
+        assert self._next_avail == (at + 1) & _MASK, f"chain {chain.id} was not popped last"
+        self._next_avail = at
 
     def push(self, chain: Chain, written: int) -> None:
         self._fill(self._next_used, chain, written)
@@ -118,7 +119,7 @@ class SplitQueue:
     def _fill(self, at: int, chain: Chain, written: int) -> None:
         assert 0 <= written <= chain.write_size, f"{written} bytes into a chain of {chain.write_size}"
         assert chain.id in self._out, f"chain {chain.id} is not out"
-        self._out.remove(chain.id)
+        del self._out[chain.id]
         _USED_ELEM.pack_into(self._used, 4 + 8 * (at & (self.size - 1)), chain.id, min(written, 0xFFFF_FFFF))
 
     def _publish(self, count: int) -> None:

@@ -9,7 +9,8 @@ In virtio 1.2:
 | 2.7.5.2 | at most 2^32 bytes | four_gibibytes_... |
 | 2.7.5.3.1, 2.8.19 | INDIRECT only if negotiated | an_indirect_table_needs_... |
 | 2.7.7.2, 2.8.10 | interrupts as the driver asked | an_interrupt_... |
-| 2.7.8.2, 2.8.15 | data and length before the used index or flags | what_is_used_... |
+| 2.7.8.2, 2.8.15 | data and length before the used index or flags | nothing_is_seen_... |
+| 2.8.9, 5.1.6.4.1 | the buffers of one merged frame are seen together | what_is_pushed_together_... |
 | 2.7.10.2, 2.8.10 | notifications suppressed, and asked for again | a_kick_..., a_chain_added_while_... |
 """
 
@@ -38,6 +39,24 @@ FORMATS: list[tuple[type[SplitDriver | PackedDriver], type[SplitQueue | PackedQu
 ]
 Ring = Callable[..., tuple[Driver, Queue]]
 formats = pytest.mark.parametrize("kind", FORMATS, ids=["split", "packed"])
+
+
+class Looking:
+    """A ring's 16-bit words, where the driver looks for what is used after every store."""
+
+    def __init__(self, queue: Queue, driver: Driver) -> None:
+        self._driver = driver
+        self.seen: list[list[tuple[int, int, bytes]]] = []
+        name = "_used_words" if isinstance(queue, SplitQueue) else "_ring_words"
+        self._words = getattr(queue, name)
+        setattr(queue, name, self)
+
+    def __getitem__(self, at: int) -> int:
+        return int(self._words[at])
+
+    def __setitem__(self, at: int, value: int) -> None:
+        self._words[at] = value
+        self.seen.append([tuple(u) for u in self._driver.used()])
 
 
 class Racing(GuestMemory):
@@ -110,6 +129,32 @@ def test_what_is_used_comes_back_with_its_length_and_data_in_any_order(kind: Any
 
 
 @formats
+def test_nothing_is_seen_before_it_is_complete(kind: Any, memory: Racing) -> None:
+    driver, queue = connect(kind, memory)
+    id = driver.request(b"x", 4)
+    (chain,) = drain(queue)
+    memory.copy_in(chain.writable, b"abc")
+    looking = Looking(queue, driver)
+    queue.push(chain, 3)
+    assert looking.seen == [[(id, 3, b"abc")]]
+
+
+@formats
+def test_what_is_pushed_together_is_seen_together(kind: Any, memory: Racing) -> None:
+    driver, queue = connect(kind, memory, size=5 if kind[0] is PackedDriver else 4)
+    looking = Looking(queue, driver)
+    for _ in range(4):  # over the end of the ring
+        driver.interrupts(3)
+        ids = [driver.request(2), driver.request(b"x"), driver.request(1)]
+        queue.push_together([(c, c.write_size) for c in drain(queue)])
+        *before, last = looking.seen
+        assert [u[:2] for u in last] == list(zip(ids, (2, 0, 1), strict=True))
+        assert not any(before)
+        assert queue.wants_interrupt()
+        looking.seen.clear()
+
+
+@formats
 def test_a_popped_chain_can_be_given_back(kind: Any, memory: Racing) -> None:
     driver, queue = connect(kind, memory, size=4)
     for _ in range(5):  # over the end of the ring
@@ -121,6 +166,17 @@ def test_a_popped_chain_can_be_given_back(kind: Any, memory: Racing) -> None:
         assert queue.pop() is None
         queue.push(first, 0)
         assert [u.id for u in driver.used()] == [first.id]
+
+
+@formats
+def test_giving_back_another_than_the_last_chain_is_our_bug(kind: Any, memory: Racing) -> None:
+    driver, queue = connect(kind, memory)
+    driver.request(1)
+    driver.request(1)
+    first, second = drain(queue)
+    queue.push(second, 0)
+    with pytest.raises(AssertionError, match="was not popped last"):
+        queue.unpop(first)
 
 
 @formats

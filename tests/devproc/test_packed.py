@@ -11,7 +11,6 @@ In virtio 1.2:
 | 2.8.10 | event suppression, DESC only with EVENT_IDX | suppression_... |
 | 2.8.10.1, 2.8.11 | alignment, any size | the_areas_may_lie_..., a_ring_of_any_size_... |
 | 2.8.15 | only descriptors whose AVAIL bit has changed | what_was_used_..., a_list_that_is_not_... |
-| 2.8.15 | nothing of a descriptor changes after its USED bit | nothing_is_visible_... |
 | 2.8.17 | lists fit in the ring | a_list_without_end_... |
 | 2.8.19 | INDIRECT not in a list | indirect_in_a_list_... |
 """
@@ -299,21 +298,3 @@ def test_kicks_are_on_after_a_restore_whatever_the_flags_were() -> None:
         ends.memory.write(ends.driver.device + 2, b"\x01")  # it was saved while busy
         assert ends.queue.pop() is None
         assert ends.memory.read(ends.driver.device + 2, 2) == pack("<H", on)
-
-
-def test_nothing_is_visible_before_it_is_complete(ends: Ends) -> None:
-    ends.driver.request(4)
-    chain = ends.queue.pop()
-    assert chain is not None
-    stored: list[int] = []
-
-    class Flags:
-        """The words of the ring, at the moment when one of them is stored."""
-
-        def __setitem__(self, at: int, value: int) -> None:
-            assert ends.ring(0)[8:] == pack("<IHH", 3, chain.id, DESC_F_AVAIL | DESC_F_WRITE)
-            stored.append(at)
-
-    ends.queue._ring_words = Flags()  # type: ignore[misc,assignment]
-    ends.queue.push(chain, 3)
-    assert stored == [7]

@@ -12,7 +12,6 @@ In virtio 1.2:
 | 2.7.5.3.2 | normal descriptors followed by an indirect one | a_table_may_follow_... |
 | 2.7.6, 2.7.6.1 | idx only increases, by at most the queue size | an_index_that_... |
 | 2.7.7.2 | used_event ignored without EVENT_IDX, flags with it | only_the_negotiated_... |
-| 2.7.8.2 | the element before the index | nothing_is_visible_... |
 | 2.7.10.2 | flags 0 with EVENT_IDX, 0 or 1 without | flags_of_the_used_ring_... |
 | 2.7.13.3 | idx wraps at 65536 | indices_wrap |
 """
@@ -295,21 +294,3 @@ def test_indices_wrap() -> None:
             assert ends.queue.wants_interrupt()
             assert [u.written for u in ends.driver.used()] == [1]
             assert ends.queue.position == ends.driver.idx == (0xFFFD + number + 1) & 0xFFFF
-
-
-def test_nothing_is_visible_before_it_is_complete(ends: Ends) -> None:
-    ends.driver.request(4)
-    chain = ends.queue.pop()
-    assert chain is not None
-    stored: list[int] = []
-
-    class Index:
-        """The words of the used ring, at the moment when one of them is stored."""
-
-        def __setitem__(self, at: int, value: int) -> None:
-            assert ends.memory.read(ends.driver.device + 2, 10) == pack("<HII", 0, chain.id, 4)
-            stored.append(at)
-
-    ends.queue._used_words = Index()  # type: ignore[misc,assignment]
-    ends.queue.push(chain, 4)
-    assert stored == [1]
