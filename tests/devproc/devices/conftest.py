@@ -16,7 +16,8 @@ from devproc.driver import PciDriver
 from devproc.wire import Space
 from kvmcore.memory import GuestMemory
 
-PARAMS = {"mem_below_4g": 1 << 30, "mem_above_4g": 2 << 30}
+PARAMS = {
+    "names": b"","mem_below_4g": 1 << 30, "mem_above_4g": 2 << 30}
 MEMORY = ((0, 16 << 20), (1 << 32, 1 << 20))
 
 
@@ -74,6 +75,8 @@ class Bench:
                 return Port()
             case "memory":
                 return self.memory
+            case "input" | "output":
+                return getattr(self, kind)
             case _:
                 return getattr(self, name)
 
