@@ -2,7 +2,8 @@
 
 libseccomp 2.5 through pyseccomp, whose only importer this is (importing it costs some 30 ms, so nothing that
 starts a VM imports this module).  libseccomp cannot express an allow under conditions beside an errno for
-the rest (the errno silently wins), nor two comparisons of one argument in a conjunction.
+the rest (the errno silently wins), nor two comparisons of one argument in a conjunction, but the numbers
+between two ends can be told one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pyseccomp
 
 from policies import bpf
 from policies.compile import compile_single
-from policies.policy import U64_MAX, Atom, Policy, Rule
+from policies.policy import U64_MAX, Atom, Clause, Policy, Rule
 from policies.simulate import corners, simulate
 from policies.syscalls import AUDIT_ARCH_X86_64, NAMES, SYSCALLS, X32_BIT
 
@@ -26,6 +27,7 @@ _COMPARE = {
 }  # fmt: skip
 
 
+_RANGE_MAX = 64
 _I386 = 0x40000003  # linux/audit.h AUDIT_ARCH_I386
 
 
@@ -73,9 +75,19 @@ def compile_with_libseccomp(policy: Policy) -> bytes:
 
 
 def _alternatives(rule: Rule) -> Iterator[tuple[Atom, ...]]:
-    """The conjunctions of `rule`, with `&` split into one masked comparison per bit."""
+    """The conjunctions of `rule`, with `&` split into a masked comparison per bit, a range into numbers."""
     for clause in rule.clauses or ((),):
-        yield from product(*(_bits(a) if a.op == "&" else [a] for a in clause))
+        ranges = {a.arg: values for a in clause if (values := _range(clause, a.arg))}
+        others = [a for a in clause if a.arg not in ranges]
+        yield from product(*ranges.values(), *(_bits(a) if a.op == "&" else [a] for a in others))
+
+
+def _range(clause: Clause, arg: int) -> list[Atom]:
+    """The numbers from one end to the other, if that is what `clause` says of the argument."""
+    match sorted((a.op, a.value) for a in clause if a.arg == arg):
+        case [("<=", last), (">=", first)] if last - first < _RANGE_MAX:
+            return [Atom(arg, "==", value) for value in range(first, last + 1)]
+    return []
 
 
 def _bits(atom: Atom) -> list[Atom]:

@@ -21,6 +21,11 @@ def test_libseccomp_agrees_on_every_operator(op: str, value: str) -> None:
     assert list(disagreements(policy)) == []
 
 
+def test_libseccomp_agrees_on_a_range() -> None:
+    policy = parse("read: arg0 >= 5 && arg0 <= 9 && arg2 == 7 || arg0 >= 0x100000001 && arg0 <= 0x100000001")
+    assert list(disagreements(policy)) == []
+
+
 @pytest.mark.parametrize(
     "text", ["read: arg0 == 1\nread: return EPERM", "read: arg0 > 1 && arg0 < 9 && arg1 == 1"]
 )

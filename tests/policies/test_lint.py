@@ -6,7 +6,14 @@ from policies.lint import NEVER, lint
 from policies.parse import parse
 from policies.syscalls import SYSCALLS
 
-FDS = {"FD_CONTROL": 4, "FD_LOG": 2}
+FDS = {
+    "FD_CONTROL": 4,
+    "FD_LOG": 2,
+    "FD_KICK_FIRST": 5,
+    "FD_KICK_LAST": 7,
+    "FD_IRQ_FIRST": 8,
+    "FD_IRQ_LAST": 9,
+}
 
 
 def findings(text: str) -> list[str]:
@@ -23,6 +30,7 @@ def findings(text: str) -> list[str]:
         "mmap: arg2 == PROT_READ|PROT_WRITE && arg3 == MAP_PRIVATE # memory",
         "mmap: arg2 in ~PROT_EXEC && arg3 in ~MAP_FIXED # memory",
         "read: arg0 == FD_CONTROL # commands",
+        "read: arg0 >= FD_KICK_FIRST && arg0 <= FD_KICK_LAST # any of an array",
         "ioctl: arg0 == FD_CONTROL && arg1 == FIONBIO # last words",
         "futex: arg1 == FUTEX_WAIT || arg1 == FUTEX_WAKE # threads",
         "lseek: arg0 == FD_LOG && arg1 > 5 # offsets are 64 bits wide",
@@ -48,6 +56,10 @@ def test_a_good_rule_has_no_finding(text: str) -> None:
         ("mprotect: arg2 < 8 # w", "executable"),
         ("write: 1 # w", "without a condition on arg0"),
         ("write: arg0 == 4 # w", "write the descriptor's name"),
+        ("write: arg0 >= FD_KICK_FIRST # w", "compare a descriptor with =="),
+        ("write: arg0 <= FD_KICK_LAST # w", "compare a descriptor with =="),
+        ("write: arg0 >= FD_KICK_FIRST && arg0 <= FD_IRQ_LAST # w", "compare a descriptor with =="),
+        ("write: arg0 >= FD_KICK_LAST && arg0 <= FD_KICK_LAST # w", "compare a descriptor with =="),
         ("write: arg0 <= FD_CONTROL # w", "compare a descriptor with =="),
         ("exit_group: arg0 != 0 # w", "upper half"),
         ("exit_group: arg0 > 3 # w", "upper half"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from devproc.catalog import CATALOG
+from devproc.catalog import CATALOG, FD_LOG
 from policies import bpf, commands
 from policies.compile import compile_single
 from policies.lint import NEVER
@@ -27,7 +27,7 @@ def rules() -> list[tuple[str, Rule]]:
 
 def test_every_policy_file_belongs_to_a_device_or_is_shared() -> None:
     assert {p.stem for p in DIRECTORY.glob("*.policy")} == {
-        *DEVICES, "base", *confine.POLICIES, "interpreter",
+        *DEVICES, "base", "virtio", *confine.POLICIES, "interpreter",
     }  # fmt: skip
 
 
@@ -80,10 +80,10 @@ def test_each_rule_passes_its_arguments_and_kills_each_mutated_one(device: str, 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_device_writes_only_to_descriptors_that_are_written(device: str) -> None:
     entry = CATALOG[device]
-    slots, program = entry.slots(), compile_single(load(device, entry.slots()))
-    written = {d.name for d in entry.descriptors if d.kind != "input"} | {"log"}
-    read = {d.name for d in entry.descriptors if d.kind == "input"}
-    for fd in range(16):
-        name = next((n.removeprefix("FD_").lower() for n, slot in slots.items() if slot == fd), "")
-        assert (simulate(program, SYSCALLS["write"], [fd]) == bpf.ALLOW) is (name in written)
-        assert (simulate(program, SYSCALLS["read"], [fd]) == bpf.ALLOW) is (name in read)
+    program = compile_single(load(device, entry.slots()))
+    kinds = {fd: d.kind for d, fds in entry.own_slots() for fd in fds}
+    written = {FD_LOG, *(fd for fd, kind in kinds.items() if kind in ("signal", "output"))}
+    read = {fd for fd, kind in kinds.items() if kind in ("input", "kick")}
+    for fd in range(entry.held + 1):
+        assert (simulate(program, SYSCALLS["write"], [fd]) == bpf.ALLOW) is (fd in written)
+        assert (simulate(program, SYSCALLS["read"], [fd]) == bpf.ALLOW) is (fd in read)
