@@ -134,6 +134,7 @@ class VirtioBlk(VirtioDevice):
             _field("size_max", 0x08, 4, "bytes in a segment", SIZE_MAX),
             _field("seg_max", 0x0C, 4, "segments in a request", SEG_MAX),
             _field("blk_size", 0x14, 4, "bytes in a block"),
+            _field("unused0", 0x21, 1, "padding", 0),
             _field("blk_num_queues", 0x22, 2, "num_queues"),
             _field("max_discard_sectors", 0x24, 4, "sectors in a range", DISCARD_MAX // SECTOR),
             _field("max_discard_seg", 0x28, 4, "ranges in a request", 1),
@@ -141,6 +142,7 @@ class VirtioBlk(VirtioDevice):
             _field("max_write_zeroes_sectors", 0x30, 4, "sectors in a range", ZEROES_MAX // SECTOR),
             _field("max_write_zeroes_seg", 0x34, 4, "ranges in a request", 1),
             _field("write_zeroes_may_unmap", 0x38, 1, "unmap may give room back"),
+            _field("unused1", 0x39, 3, "padding", 0),
         ),
     )
 

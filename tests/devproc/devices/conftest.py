@@ -5,19 +5,35 @@ from __future__ import annotations
 import importlib
 import os
 import weakref
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
+from devproc.backends.disk import Disk
 from devproc.catalog import CATALOG, MEMORY_PARAMS, Descriptor, Entry
 from devproc.driver import PciDriver
 from devproc.wire import Space
 from kvmcore.memory import GuestMemory
 
 PARAMS = {
-    "names": b"","mem_below_4g": 1 << 30, "mem_above_4g": 2 << 30}
+    "names": b"",
+    "mem_below_4g": 1 << 30,
+    "mem_above_4g": 2 << 30,
+    "mac": b"\x02net\0\1",
+    "mtu": 0,
+    "pairs": 1,
+    "bps": 0,
+    "pps": 0,
+    "iops": 0,
+    "read_only": 0,
+    "sparse": 1,
+    "block_size": 512,
+    "queues": 1,
+    "id": b"vmsup",
+}
+IMAGE_SIZE = 8 << 20
 MEMORY = ((0, 16 << 20), (1 << 32, 1 << 20))
 
 
@@ -30,6 +46,46 @@ class Port:
 
     def listen(self, *handlers: Callable[..., Any]) -> None:
         self.handlers = handlers
+
+
+class Cable:
+    """A queue of an interface on the host, and its other end; frames have their header in front."""
+
+    def __init__(self, offloads: bool) -> None:
+        self.offloads = offloads
+        self.up = True
+        self.incoming: deque[bytes] = deque()
+        self.sent: list[bytes] = []
+        self.room = 1 << 30  # frames
+        self.refuses = False
+        self.peek: Callable[[], None] = lambda: None  # called in the middle of `send`
+        self.asked: dict[str, bool] = {}
+
+    def listen(self, wanted: Any, on_frame: Any, on_room: Any, on_down: Any) -> None:
+        self.wanted, self.on_frame, self.on_room, self.on_down = wanted, on_frame, on_room, on_down
+
+    def receive(self, buffers: Sequence[Any]) -> int:
+        if not self.incoming:
+            return 0
+        frame, done = self.incoming.popleft(), 0
+        for buffer in buffers:
+            part = frame[done : done + len(buffer)]
+            memoryview(buffer)[: len(part)] = part
+            done += len(part)
+        return done
+
+    def send(self, buffers: Sequence[Any]) -> bool | None:
+        if not self.room:
+            return False
+        self.peek()
+        if self.refuses:
+            return None
+        self.room -= 1
+        self.sent.append(b"".join(buffers))
+        return True
+
+    def offload(self, **asked: bool) -> None:
+        self.asked = asked
 
 
 class Bench:
@@ -52,9 +108,12 @@ class Bench:
             self.memory = memory or GuestMemory.create(MEMORY)
             if memory is None:
                 weakref.finalize(self, os.close, self.memory.fd)
+        self.image = os.memfd_create("image")
+        os.truncate(self.image, IMAGE_SIZE)
+        weakref.finalize(self, os.close, self.image)
         own = entry.params if not entry.guest_memory else entry.params[len(MEMORY_PARAMS) :]
         self.ports: dict[str, Any] = {d.name: self.port(d) for d in entry.descriptors}
-        values = {p.name: params.get(p.name, PARAMS.get(p.name)) for p in own}
+        values = {p.name: params.get(p.name, PARAMS.get(p.name)) for p in own if p.name != entry.fsize}
         sources = {source: getattr(self, source) for source in entry.sources}
         model = getattr(importlib.import_module(entry.module), entry.model)
         self.model = model(**self.ports, **values, **sources)
@@ -75,8 +134,12 @@ class Bench:
                 return Port()
             case "memory":
                 return self.memory
+            case "disk":
+                return Disk(self.image)
             case "input" | "output":
                 return getattr(self, kind)
+            case "tap" | "stream":
+                return Cable(offloads=kind == "tap")
             case _:
                 return getattr(self, name)
 
