@@ -12,7 +12,11 @@ from devproc.virtio.device import virtio_tables
 
 
 class VirtioNetStream(VirtioNet):
-    """One card; ports and threats are those of `VirtioNet`."""
+    """One card; its ports are those of `VirtioNet`.
+
+    Threats: those of `VirtioNet`, and
+        1. A header asks for a checksum or segments, of which the stream could say nothing → dropped.
+    """
 
     VIRTIO = NET_STREAM
     TABLES = virtio_tables(NET_STREAM, CONFIG)

@@ -39,7 +39,7 @@ def test_frames_go_both_ways(bench: Any) -> None:
 
 
 def test_a_header_that_asks_for_a_checksum_is_never_sent(bench: Any) -> None:
-    """Threat 1 of virtio_net."""
+    """Threat 1."""
     card = bench("virtio-net-stream")
     driver = card.driver()
     driver.start(V1)
