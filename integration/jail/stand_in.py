@@ -6,11 +6,11 @@ with the rights of whoever runs the tests.
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
 import socket
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -26,13 +26,16 @@ from hostile import HOSTILE, VICTIM  # noqa: E402
 from devproc import jail, syscalls, wire, zygote  # noqa: E402
 from devproc.catalog import CATALOG, Descriptor, Entry  # noqa: E402
 from devproc.channel import Channel, ChannelClosed  # noqa: E402
+from devproc.driver import PciDriver  # noqa: E402
 from devproc.violations import read_violation  # noqa: E402
+from kvmcore.memory import GuestMemory  # noqa: E402
 from policies.compile import compile_notify  # noqa: E402
 from policies.parse import load  # noqa: E402
 from supervisor.attest import attest  # noqa: E402
 
 LAYERS = [s.name for s in jail.STEPS if not s.always]
 WITHOUT = {layer: {layer} for layer in LAYERS} | {"namespaces": {"namespaces", "identity", "root"}}
+MEMORY_SIZE = 16 << 20
 SPARE = (*HOSTILE.descriptors, Descriptor("spare", "signal", "one too many"))
 # In the catalogue here: an rtc with a layer left out of its jail, an attacker with a descriptor too many.
 WEAK = {
@@ -49,6 +52,25 @@ def filters(entry: Entry) -> zygote.Filters:
     return compile_notify(load(page, entry.slots()), jail.SETUP_CALLS)
 
 
+class Function:
+    """A device process as its driver sees it."""
+
+    def __init__(self, access: socket.socket) -> None:
+        self.access = access
+
+    def _ask(self, message: wire.Message) -> wire.Message:
+        self.access.send(wire.encode(message))
+        return wire.decode(self.access.recv(wire.ACCESS_FRAME_MAX + 1))
+
+    def read(self, space: int, offset: int, size: int) -> int:
+        answer = self._ask(wire.Read(space, offset, size))
+        assert isinstance(answer, wire.Value)
+        return answer.data
+
+    def write(self, space: int, offset: int, size: int, data: int) -> None:
+        assert self._ask(wire.Write(space, offset, size, data, False)) == wire.Done()
+
+
 class StandIn:
     """Methods are the requests; each answer is a plain value."""
 
@@ -61,9 +83,7 @@ class StandIn:
         jail.adopt_orphans()
         self.zygote = zygote.start((), filters)
         self.devices: dict[str, dict[str, Any]] = {}
-        memory = os.memfd_create("guest-memory")
-        os.truncate(memory, 1 << 20)
-        self.guest = mmap.mmap(memory, 1 << 20)
+        self.guest = GuestMemory.create([(0, MEMORY_SIZE)])
 
     def pids(self) -> list[int]:
         return [self.zygote.pid, *(d["pid"] for d in self.devices.values())]
@@ -82,23 +102,19 @@ class StandIn:
         started = time.perf_counter_ns()
         entry = CATALOG[device]
         if params is None:
-            params = tuple(p.low for p in entry.params)
+            params = tuple(p.low if p.type is int else bytes(p.low) for p in entry.params)
+            if entry.guest_memory:
+                params = (MEMORY_SIZE, 0, *params[2:])
         log_ours, log = os.pipe()
         access_ours, access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control_ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        kept, given = [], []
+        kept: dict[str, list[int]] = {}
+        given = []
         for d in entry.descriptors:
-            match d.kind:
-                case "signal":
-                    given.append(os.eventfd(0))
-                case "input":
-                    theirs, ours = os.pipe()
-                    given.append(theirs)
-                    kept.append(ours)
-                case "output":
-                    ours, theirs = os.pipe()
-                    given.append(theirs)
-                    kept.append(ours)
+            for _ in range(d.count or 1):
+                theirs, ours = self._pair(d.kind)
+                given.append(theirs)
+                kept.setdefault(d.name, []).append(ours)
         fds = [log, access.fileno(), control.fileno(), *given]
         fds = fds[: len(fds) - withhold]
         pid = self.zygote.spawn(
@@ -123,6 +139,44 @@ class StandIn:
             "notes": greeting.notes,
             "ns": time.perf_counter_ns() - started,
         }
+
+    def _pair(self, kind: str) -> tuple[int, int]:
+        """A descriptor for a device to have, and its other end or another for the same."""
+        match kind:
+            case "input":
+                return os.pipe()
+            case "output":
+                ours, theirs = os.pipe()
+                return theirs, ours
+            case "memory":
+                return os.dup(self.guest.fd), os.dup(self.guest.fd)
+            case "disk":
+                with tempfile.TemporaryFile() as image:
+                    image.truncate(1 << 20)
+                    return os.dup(image.fileno()), os.dup(image.fileno())
+            case "tap" | "stream":
+                pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                return pair[0].detach(), pair[1].detach()
+            case _:
+                event = os.eventfd(0, os.EFD_NONBLOCK)
+                return event, os.dup(event)
+
+    def converse(self, name: str, features: int, rounds: int, size: int) -> list[bytes]:
+        """What the first queue of a virtio device gives for buffers of `size`, one interrupt for each."""
+        d = self.devices[name]
+        driver = PciDriver(Function(d["access"]), self.guest)
+        driver.start(features)
+        queue, irq = driver.queues[0], d["kept"]["irq"][1]
+        answers = []
+        for _ in range(rounds):
+            queue.request(size)
+            queue.interrupts(1)
+            if queue.kick_wanted():
+                os.eventfd_write(d["kept"]["kick"][0], 1)
+            assert select.select([irq], [], [], 5)[0], "no interrupt"
+            os.eventfd_read(irq)
+            answers += [used.data for used in queue.used()]
+        return answers
 
     def read(self, name: str, offset: int, size: int = 8, space: int = 0) -> tuple[Any, ...]:
         """("value", n), ("violation", nr, args) after which the device is dead, or ("died", wait status)."""

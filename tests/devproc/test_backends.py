@@ -179,14 +179,14 @@ def test_guest_memory_is_mapped_around_the_gap_in_the_order_of_the_file() -> Non
     ram.write(0x1000 - 4, b"last")
     ram.write(1 << 32, b"high")
     assert (mapped.read(0x1000 - 4, 4), mapped.read(1 << 32, 4)) == (b"last", b"high")
-    mapped.close()
+    del mapped
     ram.close()
 
 
 def test_guest_memory_of_another_size_is_refused() -> None:
     ram = GuestMemory.create([(0, 4096)])
     with pytest.raises(ValueError, match="file of 0x1000 bytes, expected 0x2000"):
-        memory.attach(ram.fd, 4096, 4096)
+        memory.attach(os.dup(ram.fd), 4096, 4096)
     ram.close()
 
 
