@@ -10,7 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from devproc import syscalls
@@ -141,15 +141,14 @@ class Disk:
     def _bounced(self, bounce: memoryview, offset: int, views: Sequence[memoryview], *, write: bool) -> None:
         """The transfer in whole aligned blocks, as O_DIRECT needs it (open(2))."""
         end = offset + sum(map(len, views))
-        pieces = _pieces(views)
+        cut = Cut(views)
         for at in range(offset // BLOCK * BLOCK, end, _BOUNCE):
             size = min(_BOUNCE, -(-(end - at) // BLOCK) * BLOCK)
             block = bounce[:size]
             low, high = max(offset, at) - at, min(end, at + size) - at
             if not write or low or high < size:
                 self._transfer(os.preadv, at, [block])
-            while low < high:
-                view = pieces(high - low)
+            for view in cut.take(high - low):
                 if write:
                     block[low : low + len(view)] = view
                 else:
@@ -159,16 +158,21 @@ class Disk:
                 self._transfer(os.pwritev, at, [block])
 
 
-def _pieces(views: Sequence[memoryview]) -> Callable[[int], memoryview]:
-    """What takes `views` apart: called with a limit, it gives the next bytes, no more and at least one."""
-    left: Iterator[memoryview] = iter(views)
-    view = memoryview(b"")
+class Cut:
+    """Takes a sequence of views apart, front to back."""
 
-    def take(limit: int) -> memoryview:
-        nonlocal view
-        while not view:
-            view = next(left)
-        piece, view = view[:limit], view[limit:]
-        return piece
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = iter(views)
+        self._view = memoryview(b"")
 
-    return take
+    def take(self, size: int) -> list[memoryview]:
+        """The next `size` bytes, which there must be."""
+        taken = []
+        while size:
+            if not self._view:
+                self._view = next(self._views)
+                continue
+            piece, self._view = self._view[:size], self._view[size:]
+            taken.append(piece)
+            size -= len(piece)
+        return taken
