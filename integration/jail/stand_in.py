@@ -161,15 +161,15 @@ class StandIn:
                 event = os.eventfd(0, os.EFD_NONBLOCK)
                 return event, os.dup(event)
 
-    def converse(self, name: str, features: int, rounds: int, size: int) -> list[bytes]:
-        """What the first queue of a virtio device gives for buffers of `size`, one interrupt for each."""
+    def converse(self, name: str, features: int, requests: list[tuple[bytes | int, ...]]) -> list[bytes]:
+        """What the first queue of a virtio device answers to each request, one interrupt for each."""
         d = self.devices[name]
         driver = PciDriver(Function(d["access"]), self.guest)
         driver.start(features)
         queue, irq = driver.queues[0], d["kept"]["irq"][1]
         answers = []
-        for _ in range(rounds):
-            queue.request(size)
+        for parts in requests:
+            queue.request(*parts)
             queue.interrupts(1)
             if queue.kick_wanted():
                 os.eventfd_write(d["kept"]["kick"][0], 1)
@@ -177,6 +177,11 @@ class StandIn:
             os.eventfd_read(irq)
             answers += [used.data for used in queue.used()]
         return answers
+
+    def image(self, name: str) -> bytes:
+        """What is in the image of a disk."""
+        (fd,) = self.devices[name]["kept"]["disk"]
+        return os.pread(fd, os.fstat(fd).st_size, 0)
 
     def read(self, name: str, offset: int, size: int = 8, space: int = 0) -> tuple[Any, ...]:
         """("value", n), ("violation", nr, args) after which the device is dead, or ("died", wait status)."""

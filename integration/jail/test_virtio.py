@@ -3,22 +3,72 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from devproc.devices import virtio_blk as blk
+from devproc.devices.virtio_blk import Type
 from devproc.virtio import spec
 
 V1 = spec.F_VERSION_1
+MEMORY = 16 << 20, 0
+IMAGE_SIZE = 1 << 20
 EVERY_RING = spec.F_INDIRECT_DESC | spec.F_EVENT_IDX | spec.F_RING_PACKED
+
+
+def host_id(supervisor: Any) -> int:
+    return 2_000_002 if supervisor.who == "root" else 0
+
+
+def header(kind: Type, sector: int = 0) -> bytes:
+    return blk.HEADER.pack(kind, 0, sector)
 
 
 @pytest.mark.parametrize("features", [V1, V1 | EVERY_RING], ids=["split", "packed"])
 def test_a_jailed_rng_fills_buffers_by_kick_and_interrupt(supervisor: Any, features: int) -> None:
-    host_id = 2_000_002 if supervisor.who == "root" else 0
-    supervisor("spawn", "virtio-rng", "rng", host_id=host_id)
-    answers = supervisor("converse", "rng", features, 300, 64)
+    supervisor("spawn", "virtio-rng", "rng", host_id=host_id(supervisor))
+    answers = supervisor("converse", "rng", features, [(64,)] * 300)
     assert len(answers) == len(set(answers)) == 300
     assert {len(a) for a in answers} == {64}
     assert supervisor("ask_ping", "rng") == 7
     assert supervisor("stop", "rng") == (os.CLD_EXITED, 0)
+
+
+@pytest.mark.parametrize("features", [V1, V1 | EVERY_RING], ids=["split", "packed"])
+def test_a_jailed_disk_does_everything_its_policy_is_for(supervisor: Any, features: int) -> None:
+    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"jailed", IMAGE_SIZE)
+    supervisor("spawn", "virtio-blk", "blk", params=params, host_id=host_id(supervisor))
+    data = os.urandom(8192)
+    zeroes = blk.RANGE.pack(8, 1, 0)
+    unmapped = blk.RANGE.pack(0, 8, blk.UNMAP)
+    discarded = blk.RANGE.pack(1024, 1024, 0)
+    answers = supervisor(
+        "converse",
+        "blk",
+        features | blk.F_FLUSH | blk.F_DISCARD | blk.F_WRITE_ZEROES,
+        [
+            (header(Type.OUT), data, 1),
+            (header(Type.FLUSH), 1),
+            (header(Type.IN, 4), 512, 1),
+            (header(Type.WRITE_ZEROES), zeroes, 1),
+            (header(Type.WRITE_ZEROES), unmapped, 1),
+            (header(Type.DISCARD), discarded, 1),
+            (header(Type.GET_ID), 20, 1),
+            (header(Type.OUT, IMAGE_SIZE // 512), data, 1),
+        ],
+    )
+    id = b"jailed".ljust(20, b"\0")
+    assert answers == [b"\0", b"\0", data[2048:2560] + b"\0", b"\0", b"\0", b"\0", id + b"\0", b"\1"]
+    expected = bytes(9 * 512) + data[9 * 512 :]
+    assert supervisor("image", "blk") == expected + bytes(IMAGE_SIZE - len(expected))
+    assert supervisor("stop", "blk") == (os.CLD_EXITED, 0)
+
+
+def test_the_image_of_a_jailed_disk_does_not_grow_beyond_its_limit(supervisor: Any) -> None:
+    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", IMAGE_SIZE)
+    pid = supervisor("spawn", "virtio-blk", "blk", params=params, host_id=host_id(supervisor))["pid"]
+    limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    assert f"Max file size {IMAGE_SIZE} {IMAGE_SIZE} bytes" in {" ".join(line.split()) for line in limits}
+    assert supervisor("stop", "blk") == (os.CLD_EXITED, 0)
