@@ -58,8 +58,8 @@ def _arguments() -> argparse.ArgumentParser:
         "--serial",
         action="append",
         metavar="KEY=VALUE,...",
-        help="a serial port: type=stdio|file|socket|pty|sink,num=1..4,path=,input=,console,earlycon "
-        "[type=stdio,num=1; the others sinks]",
+        help="a serial port: type=stdio|file|socket|pty|sink,num=1..4,path=,input=,console,earlycon,"
+        "hardware=serial|virtio-console,name= [type=stdio,num=1; the others sinks]",
     )
     add(
         "--irqchip", choices=config.IRQCHIPS, help="PIC, IOAPIC and PIT in the kernel, or outside it [kernel]"
@@ -85,6 +85,12 @@ def _arguments() -> argparse.ArgumentParser:
         "tcp-ports=,udp-ports=",
     )
     add("--rng", action=argparse.BooleanOptionalAction, default=None, help="a source of random numbers [on]")
+    add(
+        "--balloon",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take back memory that the guest can spare [off]",
+    )
     add("--android-fstab", metavar="FILE", help="fstab to hand to the guest in a device tree")
     add("-s", "--socket", metavar="PATH", help="make a control socket there, for vmsup ps and vmsup stop")
     add("--jail", action="store_const", const="full", help="jail every device process; this is the default")

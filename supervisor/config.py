@@ -17,7 +17,8 @@ MEM_MIB_MIN, MEM_MIB_MAX = 16, 1 << 20
 JAILS = ("full", "best-effort", "none")
 IRQCHIPS = ("kernel", "split")
 SERIAL_TYPES = ("stdio", "file", "socket", "pty", "sink")
-SERIAL_PORTS = 4
+SERIAL_HARDWARE = ("serial", "virtio-console")
+SERIAL_PORTS = 4  # of either hardware
 IMAGE_FORMATS = ("raw",)
 BLOCK_QUEUES_MAX = 4
 BLOCK_ID_MAX = 20  # bytes
@@ -30,7 +31,9 @@ LEARN = "VMSUP_LEARN"  # DEVICE:FILE in the environment: see supervisor/recorder
 
 SERIAL_KEYS = (
     Key("type", choices=SERIAL_TYPES),
+    Key("hardware", choices=SERIAL_HARDWARE),
     Key("num", int, 1, SERIAL_PORTS),
+    Key("name"),
     Key("path"),
     Key("input"),
     Key("console", bool),
@@ -65,7 +68,10 @@ NET_KEYS = (
 
 @dataclass(frozen=True)
 class SerialConfig:
-    """One serial port: what it is connected to, and whether the kernel uses it as (early) console."""
+    """A 16550A, or a port of the virtio console: what is at its other end, and whether the kernel prints there.
+
+    A port of the virtio console is itself a console in the guest unless it has a `name`.
+    """
 
     num: int
     type: str = "sink"
@@ -73,6 +79,14 @@ class SerialConfig:
     input: str | None = None
     console: bool = False
     earlycon: bool = False
+    hardware: str = "serial"
+    name: str = ""
+
+    @property
+    def which(self) -> str:
+        """The keys that tell it from the others."""
+        hardware = "" if self.hardware == "serial" else f"hardware={self.hardware},"
+        return f"{hardware}num={self.num}"
 
     @classmethod
     def from_values(cls, where: str, values: Mapping[str, Any]) -> SerialConfig:
@@ -90,6 +104,15 @@ class SerialConfig:
             raise ConfigError(f"{where}: path= has no meaning for type={port.type}")
         if port.input is not None and port.type not in ("file", "sink"):
             raise ConfigError(f"{where}: input= goes with type=file and type=sink")
+        if port.earlycon and port.hardware != "serial":
+            raise ConfigError(f"{where}: earlycon goes with hardware=serial")
+        if port.name:
+            if port.hardware == "serial" or port.console:
+                raise ConfigError(f"{where}: name= is for a port of the virtio console that is no console")
+            if re.fullmatch(r"[\w.-]{1,63}", port.name, re.A) is None:
+                raise ConfigError(
+                    f"{where}: name: expected up to 63 letters, digits, dots and dashes, not {port.name!r}"
+                )
         return port
 
 
@@ -186,6 +209,7 @@ class RunConfig:
     irqchip: str = "kernel"
     pcie_ecam: bool = True
     rng: bool = True
+    balloon: bool = False
     android_fstab: str | None = None
     socket: str | None = None
     jail: str = "full"
@@ -205,10 +229,13 @@ class RunConfig:
         for vcpu in self.cpu_affinity:
             if vcpu >= self.cpus:
                 raise ConfigError(f"--cpu-affinity: there is no vCPU {vcpu}, --cpus is {self.cpus}")
-        nums = [s.num for s in self.serial]
-        for num in nums:
-            if nums.count(num) > 1:
-                raise ConfigError(f"--serial: num={num} given twice")
+        ports = [s.which for s in self.serial]
+        for port in ports:
+            if ports.count(port) > 1:
+                raise ConfigError(f"--serial: {port} given twice")
+        for n, console in enumerate(self.virtio_consoles(), 1):
+            if console.num != n:
+                raise ConfigError(f"--serial: {console.which} without num={n}, expected no gap from 1 on")
         if sum(s.type == "stdio" for s in self.serial) > 1:
             raise ConfigError("--serial: type=stdio given twice, there is one standard input")
         if sum(s.console for s in self.serial) > 1:
@@ -218,18 +245,22 @@ class RunConfig:
 
     def serial_ports(self) -> tuple[SerialConfig, ...]:
         """All four ports: COM1 on stdio unless told otherwise, the rest sinks."""
-        given = {s.num: s for s in self.serial}
+        given = {s.num: s for s in self.serial if s.hardware == "serial"}
         stdio_free = not any(s.type == "stdio" for s in self.serial)
         first = SerialConfig(1, "stdio" if stdio_free else "sink")
         return tuple(given.get(n, first if n == 1 else SerialConfig(n)) for n in range(1, SERIAL_PORTS + 1))
 
+    def virtio_consoles(self) -> tuple[SerialConfig, ...]:
+        """The ports of the virtio console, if there is one."""
+        return tuple(sorted((s for s in self.serial if s.hardware != "serial"), key=lambda s: s.num))
+
     def command_line(self, serial_bases: Sequence[int]) -> str:
         """The kernel command line: console and reboot defaults, then every --params in order."""
         ports = self.serial_ports()
-        console = next(
-            (s for s in ports if s.console), next((s for s in ports if s.type == "stdio"), ports[0])
-        )
-        words = [f"console=ttyS{console.num - 1}"]
+        names = {f"ttyS{s.num - 1}": s for s in ports}
+        names |= {f"hvc{n}": s for n, s in enumerate(s for s in self.virtio_consoles() if not s.name)}
+        on_stdio = next((name for name, s in names.items() if s.type == "stdio"), "ttyS0")
+        words = [f"console={next((name for name, s in names.items() if s.console), on_stdio)}"]
         words += [f"earlycon=uart8250,io,{serial_bases[s.num - 1]:#x}" for s in ports if s.earlycon]
         words += ["reboot=k", "panic=-1"]
         for n, disk in enumerate(self.block):
@@ -285,6 +316,7 @@ _SCALARS = (
     Key("irqchip", choices=IRQCHIPS),
     Key("pcie-ecam", bool),
     Key("rng", bool),
+    Key("balloon", bool),
     Key("android-fstab"),
     Key("socket"),
     Key("jail", choices=JAILS),

@@ -1,4 +1,4 @@
-"""Opens what each serial port is connected to: a pair of descriptors, one the guest's input, one its output.
+"""Opens what each serial port or console is connected to: one descriptor for its input, one for its output.
 
 The device process gets the two and nothing else: no path, no terminal ioctl (its policy has none).
 """
@@ -12,8 +12,10 @@ import pty
 import socket
 import stat
 import tty
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from devproc.catalog import CONSOLE_PORTS
 from kvmcore.errors import ConfigError
 from supervisor import terminal
 from supervisor.config import SerialConfig
@@ -119,6 +121,27 @@ def open_serial(port: SerialConfig, host: Host) -> Opened:
     Raises:
         ConfigError: as `open_console`.
     """
+    found = _open_for(port, host)
+    return Opened({"input": (found.input,), "output": (found.output,)})
+
+
+def open_virtio_consoles(ports: Sequence[SerialConfig], host: Host) -> Opened:
+    """The opener of the virtio console; what it has no ports for is connected to nothing.
+
+    Raises:
+        ConfigError: as `open_console`.
+    """
+    found = [_open_for(port, host) for port in ports]
+    for n, console in enumerate(found):
+        if console.keyboard is not None:
+            host.window = n
+    unused = SerialConfig(0)
+    found += [_open_for(unused, host) for _ in range(CONSOLE_PORTS - len(ports))]
+    return Opened({"input": tuple(c.input for c in found), "output": tuple(c.output for c in found)})
+
+
+def _open_for(port: SerialConfig, host: Host) -> Console:
+    """`open_console`, with the host told what goes with it."""
     found = open_console(port, host.janitor)
     host.undo.callback(found.close)
     if found.relay is not None:
@@ -127,7 +150,7 @@ def open_serial(port: SerialConfig, host: Host) -> Opened:
         host.keyboard = found.keyboard
     if found.note is not None:
         host.tell(found.note)
-    return Opened({"input": (found.input,), "output": (found.output,)})
+    return found
 
 
 def open_console(port: SerialConfig, janitor: Janitor) -> Console:
@@ -136,7 +159,7 @@ def open_console(port: SerialConfig, janitor: Janitor) -> Console:
     Raises:
         ConfigError: a path cannot be opened; the text names the port and the path.
     """
-    where = f"--serial num={port.num}"
+    where = f"--serial {port.which}"
     try:
         match port.type:
             case "stdio":

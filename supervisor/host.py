@@ -33,6 +33,7 @@ class Host:
         tell: takes a line that the user did not ask for but needs: where a pseudo-terminal is.
         watched: relays, for the main thread to poll while the guest runs.
         keyboard: the terminal, if a console is on it.
+        window: the port of the virtio console whose window the terminal's is.
     """
 
     undo: ExitStack
@@ -40,6 +41,7 @@ class Host:
     tell: Callable[[str], None]
     watched: list[Watched] = field(default_factory=list)
     keyboard: Keyboard | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)

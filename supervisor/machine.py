@@ -16,7 +16,7 @@ from kvmcore import acpi, layout
 from kvmcore.errors import ConfigError
 from kvmcore.mptable import PciInterrupt
 from supervisor.config import RunConfig
-from supervisor.console import open_serial
+from supervisor.console import open_serial, open_virtio_consoles
 from supervisor.disks import open_disk
 from supervisor.host import Opener
 from supervisor.nets import open_net
@@ -93,6 +93,11 @@ def virtio_functions(config: RunConfig) -> Iterator[Function]:
         flags = int(disk.ro), int(disk.sparse)
         params = (*flags, disk.block_size, disk.queues, disk.bps, disk.iops, disk.id.encode())
         yield Function(f"block{n}", "virtio-blk", params, partial(open_disk, disk))
+    if consoles := config.virtio_consoles():
+        names = b"\0".join(port.name.encode() for port in consoles)
+        yield Function("console", "virtio-console", (names,), partial(open_virtio_consoles, consoles))
+    if config.balloon:
+        yield Function("balloon", "virtio-balloon")
 
 
 _PCI_GSIS: Final = (5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)

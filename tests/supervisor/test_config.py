@@ -33,6 +33,25 @@ def test_the_port_marked_console_is_the_kernels_console():
     assert c.command_line(BASES).startswith("console=ttyS2 earlycon=uart8250,io,0x3e8 ")
 
 
+def test_a_virtio_console_has_numbers_of_its_own():
+    c = build({"kernel": "k", "serial": ["sink", "hardware=virtio-console,type=stdio", "file,path=x,num=2"]})
+    assert [s.type for s in c.serial_ports()] == ["sink", "file", "sink", "sink"]
+    assert [s.type for s in c.virtio_consoles()] == ["stdio"]
+    assert c.command_line(BASES).startswith("console=hvc0 ")
+
+
+def test_hvc_counts_the_ports_without_a_name():
+    ports = ["sink,num=3,console", "sink,num=2", "sink,num=1,name=agent"]
+    c = build({"kernel": "k", "serial": [f"{port},hardware=virtio-console" for port in ports]})
+    assert [s.name for s in c.virtio_consoles()] == ["agent", "", ""]
+    assert c.command_line(BASES).startswith("console=hvc1 ")
+
+
+def test_a_named_port_on_stdio_is_no_console():
+    c = build({"kernel": "k", "serial": ["stdio,hardware=virtio-console,name=agent"]})
+    assert c.command_line(BASES).startswith("console=ttyS0 ")
+
+
 def test_every_params_word_is_kept_in_order():
     c = build({"kernel": "k", "params": ["a=1 b", "quiet"]})
     assert c.command_line(BASES).endswith(" a=1 b quiet")
@@ -49,6 +68,13 @@ def test_every_params_word_is_kept_in_order():
         (["sink", "sink"], "num=1 given twice"),
         (["stdio", "stdio,num=2"], "stdio given twice"),
         (["sink,console", "sink,num=2,console"], "console given twice"),
+        (["sink,console", "sink,hardware=virtio-console,console"], "console given twice"),
+        (["sink,hardware=virtio-console"] * 2, "hardware=virtio-console,num=1 given twice"),
+        (["sink,hardware=virtio-console,num=2"], "num=2 without num=1"),
+        (["sink,hardware=virtio-console,earlycon"], "earlycon goes with hardware=serial"),
+        (["sink,name=agent"], "name= is for a port"),
+        (["sink,hardware=virtio-console,name=agent,console"], "name= is for a port"),
+        (["sink,hardware=virtio-console,name=a/b"], "name: expected up to 63"),
     ],
 )
 def test_serial_ports_that_make_no_sense_are_refused(serial, why):

@@ -1,5 +1,6 @@
 """What each serial port is connected to, with real files, sockets and ptys."""
 
+import contextlib
 import os
 import pty
 import socket
@@ -12,7 +13,8 @@ import pytest
 
 from kvmcore.errors import ConfigError
 from supervisor.config import SerialConfig
-from supervisor.console import open_console
+from supervisor.console import open_console, open_virtio_consoles
+from supervisor.host import Host
 from supervisor.janitor import Janitor
 from supervisor.relay import PtyRelay, SocketRelay
 
@@ -113,6 +115,28 @@ def test_what_cannot_be_opened_is_one_line_that_names_port_and_path(janitor, por
         open_console(SerialConfig(1, **port), janitor)
 
 
+def test_a_virtio_console_has_four_ports_whatever_is_used_of_them(janitor, tmp_path):
+    told = []
+    port = {"hardware": "virtio-console"}
+    ports = [
+        SerialConfig(1, "file", str(tmp_path / "log"), **port),
+        SerialConfig(2, "pty", **port),
+    ]
+    with contextlib.ExitStack() as undo:
+        host = Host(undo, janitor, told.append)
+        fds = open_virtio_consoles(ports, host).fds
+        assert len({*fds["input"], *fds["output"]}) == 8
+        os.write(fds["output"][0], b"printed")
+        os.write(fds["output"][3], b"gone")
+        assert os.read(fds["input"][3], 1) == b""
+        assert [type(w) for w in host.watched] == [PtyRelay]
+        assert host.window is None
+    assert (tmp_path / "log").read_bytes() == b"printed"
+    assert told[0].startswith("--serial hardware=virtio-console,num=2 is /dev/pts/")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fds["input"][3])
+
+
 _STDIO = """
 import os, sys
 from supervisor.config import SerialConfig
@@ -125,6 +149,20 @@ c = open_console(SerialConfig(1, "stdio"), janitor)
 
 def run(code, **how):
     return subprocess.run([sys.executable, "-c", _STDIO + code], timeout=20, check=True, **how)
+
+
+def test_a_terminal_on_a_virtio_console_gives_it_its_window():
+    code = """
+from contextlib import ExitStack
+from supervisor.console import open_virtio_consoles
+from supervisor.host import Host
+c.close()
+with ExitStack() as undo:
+    host = Host(undo, janitor, print)
+    open_virtio_consoles([SerialConfig(1), SerialConfig(2, "stdio")], host)
+    assert host.window == 1 and host.keyboard
+"""
+    assert on_a_terminal(code)[2] == 0
 
 
 def test_stdio_that_is_piped_is_used_as_it_is():

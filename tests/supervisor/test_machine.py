@@ -5,7 +5,7 @@ import pytest
 from devproc.catalog import CATALOG
 from kvmcore import layout
 from supervisor import machine
-from supervisor.config import RunConfig
+from supervisor.config import BlockConfig, NetConfig, RunConfig, SerialConfig
 
 GIB = 1 << 30
 
@@ -47,8 +47,24 @@ def test_every_devices_parameters_fit_its_catalogue_entry(irqchip):
 
 
 def test_every_kind_of_device_is_in_some_machine():
-    kinds = {i.entry.name for irqchip in ("kernel", "split") for i in instances(irqchip)}
+    everything = RunConfig(
+        "k",
+        irqchip="split",
+        serial=(SerialConfig(1, hardware="virtio-console"),),
+        block=(BlockConfig("disk"),),
+        net=(NetConfig(tap_name="tap"), NetConfig(passt=True)),
+        balloon=True,
+    )
+    kinds = {i.entry.name for i in machine.instances(everything, GIB, 0)}
     assert kinds == CATALOG.keys()
+
+
+def test_the_ports_of_the_virtio_console_are_told_apart_by_name():
+    ports = tuple(
+        SerialConfig(n, hardware="virtio-console", name=name) for n, name in ((2, "agent"), (1, ""))
+    )
+    console = next(i for i in machine.instances(RunConfig("k", serial=ports), GIB, 0) if i.name == "console")
+    assert console.entry.check_params(console.params)["names"] == b"\0agent"
 
 
 def test_com_ports_and_their_lines_are_the_pcs():
@@ -75,7 +91,7 @@ def test_the_rtc_is_told_the_memory_size():
 
 
 def test_pci_lines_keep_clear_of_the_legacy_devices():
-    legacy = {i.gsi for i in instances("split") if i.gsi is not None}
+    legacy = {i.gsi for i in instances("split") if i.gsi is not None and i.entry.virtio is None}
     lines = {p.gsi for p in machine.pci_interrupts()}
     assert not lines & legacy
     assert max(lines) < layout.GSI_COUNT
