@@ -51,6 +51,7 @@ class SplitChip:
         self._wires: dict[int, int] = {}  # eventfd -> GSI, of edges
         self._levels: dict[int, tuple[int, int]] = {}  # eventfd -> GSI, eventfd to resample
         self._high: set[int] = set()  # GSIs of levels that have not been ended
+        self._rising: set[int] = set()  # those of them that no chip has seen yet
         self._by_pic: set[int] = set()  # eventfds that go to the PIC now
         buses.mmio.insert(
             Claim(
@@ -110,8 +111,14 @@ class SplitChip:
             self._lower(self._ioapic.end_of_interrupt(vector))
 
     def inject(self) -> None:
-        """On vCPU 0's thread, outside the guest: give it what the PICs ask for, or ask KVM when it can be."""
+        """On vCPU 0's thread, outside the guest: give it what the PICs ask for, or ask KVM when it can be.
+
+        Levels rise here too, because the main thread may not tell KVM to deliver anything.
+        """
         with self._lock:
+            for gsi in self._rising:
+                self._drive(gsi, True)
+            self._rising.clear()
             if self._pic.intr and self._bsp.ready_for_interrupt_injection:
                 self._bsp.interrupt(self._pic.acknowledge())
             self._bsp.request_interrupt_window(self._pic.intr)
@@ -161,13 +168,14 @@ class SplitChip:
             if fd in self._levels:
                 gsi, _ = self._levels[fd]
                 self._high.add(gsi)
-                self._drive(gsi, True)
+                self._rising.add(gsi)
+                pending = True
             elif fd in self._by_pic:
                 gsi = self._wires[fd]
                 self._pic.set_line(gsi, False)
                 self._pic.set_line(gsi, True)
+                pending = self._pic.intr
             else:
                 return
-            pending = self._pic.intr
         if pending:
             self.interrupt_bsp()
