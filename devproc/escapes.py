@@ -3,8 +3,8 @@
 The value read is 0 when the attempt succeeded and the errno when it was refused; a process that dies of it
 gives no value at all.  Attempts are raw system calls of x86-64, so that no library in between refuses them,
 and are told what only the supervisor knows (`Prey`), so that none fails for want of a guess.  Each is chosen
-such that its success changes nothing outside the process that makes it.  Left out: taps and sealed guest
-memory, which no device has yet; reboot, kexec, swap, the clock, whose success could not be undone.
+such that its success changes nothing outside the process that makes it.  Left out: taps; reboot, kexec, swap,
+the clock, whose success could not be undone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
-from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG, Entry, Param, Region
+from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, Entry, Param, Region
 from devproc.wire import U64_MAX, Space
 from policies.syscalls import SYSCALLS, X32_BIT
 
@@ -509,6 +509,39 @@ ATTEMPTS: Final = (
 )  # fmt: skip
 
 
+_F_ADD_SEALS, _F_SEAL_WRITE, _F_SEAL_FUTURE_WRITE = 1033, 0x8, 0x10
+_KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
+_MEMORY: Final = FD_FIRST  # catalog.virtio_descriptors
+
+ON_MEMORY: Final = tuple(
+    _as(
+        "guest memory",
+        ("map it once more", _tries("mmap", 0, _PAGE_SIZE, _R | _W, mmap.MAP_SHARED, _MEMORY, 0)),
+        ("map it executable", _tries("mmap", 0, _PAGE_SIZE, _R | _X, mmap.MAP_SHARED, _MEMORY, 0)),
+        ("read it as a file", _tries("pread64", _MEMORY, _page, 8, 0)),
+        ("write it as a file", _tries("pwrite64", _MEMORY, bytes(8), 8, 0)),
+        ("its size and owner", _tries("fstat", _MEMORY, _page)),
+        ("its seals", _tries("fcntl", _MEMORY, _F_ADD_SEALS + 1, 0)),
+        ("a hole in it", _tries("fallocate", _MEMORY, _KEEP_SIZE | _PUNCH_HOLE, 0, _PAGE_SIZE)),
+        ("another descriptor of it", _tries("dup", _MEMORY)),
+        ("open it anew", _opens(f"/proc/self/fd/{_MEMORY}", os.O_RDWR)),
+        ("lock it", _tries("flock", _MEMORY, 2)),
+        # What the seals refuse, with or without a jail; the supervisor would die of SIGBUS.
+        ("truncate it", _tries("ftruncate", _MEMORY, 0)),
+        ("grow it", _tries("ftruncate", _MEMORY, _GIB)),
+        ("grow it by allocating", _tries("fallocate", _MEMORY, 0, _GIB, _PAGE_SIZE)),
+        ("seal it against writing", _tries("fcntl", _MEMORY, _F_ADD_SEALS, _F_SEAL_WRITE)),
+        ("seal it against new writers", _tries("fcntl", _MEMORY, _F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)),
+    )
+)
+"""What else a device tries that is given guest memory."""
+
+
+def attempts(victim: Entry) -> tuple[Attempt, ...]:
+    """What is tried from the jail of `victim`."""
+    return (*ATTEMPTS, *(ON_MEMORY if victim.guest_memory else ()))
+
+
 class Attacker:
     """Ports: those of the device whose jail it is in, never used.
 
@@ -526,11 +559,12 @@ class Attacker:
         at, page = (ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (code, scratch))
         int80 = ctypes.CFUNCTYPE(ctypes.c_int)(at)
         self._code = code  # to live as long as the function that it is
+        self._ports = ports  # memory that is let go would close its descriptor
         self._prey = Prey(supervisor, memory_at, memory_fd, os.getpid(), scratch, page, int80)
 
     def read(self, space: int, offset: int, size: int) -> int:
         try:
-            ATTEMPTS[offset].run(self._prey)
+            (*ATTEMPTS, *ON_MEMORY)[offset].run(self._prey)
         except OSError as e:
             return e.errno or errno.EIO
         return 0
@@ -556,14 +590,16 @@ def attacker(name: str, victim: str, without: frozenset[str] = frozenset()) -> E
         victim: a catalogue name; its policy, with the slots of this entry, is what the filter is to be.
         without: layers of the jail to leave out.
     """
+    entry = CATALOG[victim]
     return replace(
-        CATALOG[victim],
+        entry,
         name=name,
         summary="attempts to escape",
         module=__name__,
         model=Attacker.__name__,
-        regions=(Region(Space.PORT, len(ATTEMPTS) + 8, "one attempt per offset"),),
+        regions=(Region(Space.PORT, len(attempts(entry)) + 8, "one attempt per offset"),),
         params=(
+            *entry.params,
             Param("supervisor", 1, (1 << 31) - 1, "its pid"),
             Param("memory_at", 0, U64_MAX, "the address of its guest memory"),
             Param("memory_fd", 0, (1 << 31) - 1, "the descriptor of its guest memory"),

@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 from devproc import escapes, jail, syscalls, wire, zygote
 from devproc.catalog import CATALOG, Entry
 from devproc.channel import Channel, ChannelClosed
-from devproc.escapes import ATTEMPTS, Attempt
+from devproc.escapes import Attempt, attempts
 from devproc.violations import read_violation
 from kvmcore import probe
 from kvmcore.errors import VmsupError
@@ -182,7 +182,7 @@ def run(victim: str = VICTIM, layers: bool = False) -> Matrix:
     if failure is not None:
         raise VmsupError(f"jail selftest: {failure}")
     rows = []
-    for attempt, line in zip(ATTEMPTS, lines, strict=True):
+    for attempt, line in zip(attempts(CATALOG[victim]), lines, strict=True):
         outcomes = {name: Outcome(*told) for name, told in json.loads(line).items()}
         rows.append(Row(attempt, outcomes))
     return Matrix(victim, os.geteuid(), columns, tuple(rows))
@@ -202,9 +202,13 @@ def _attack(victim: str, columns: Sequence[Column], tell: Callable[[str], None])
 
     nursery = zygote.start([e.name for e in entries.values()], filters)
     memory = GuestMemory.create([(0, 1 << 20)])
-    secrets = (os.getpid(), memory.host_address(0, memory.size), memory.fd)
-    for n, attempt in enumerate(ATTEMPTS):
-        cells = [_Cell.spawn(nursery, entries[c.name], c, i, secrets) for i, c in enumerate(columns, 1)]
+    sizes = {"mem_below_4g": memory.size}
+    harmless = [sizes.get(p.name, p.low) if p.type is int else bytes(p.low) for p in CATALOG[victim].params]
+    params = (*harmless, os.getpid(), memory.host_address(0, memory.size), memory.fd)
+    for n, attempt in enumerate(attempts(CATALOG[victim])):
+        cells = [
+            _Cell.spawn(nursery, entries[c.name], c, i, params, memory.fd) for i, c in enumerate(columns, 1)
+        ]
         told = {}
         for cell in cells:
             outcome = cell.attempt(n, attempt)
@@ -225,17 +229,25 @@ class _Cell:
 
     @classmethod
     def spawn(
-        cls, nursery: zygote.Zygote, entry: Entry, column: Column, number: int, secrets: tuple[int, int, int]
+        cls,
+        nursery: zygote.Zygote,
+        entry: Entry,
+        column: Column,
+        number: int,
+        params: tuple[int | bytes, ...],
+        memory: int,
     ) -> Self:
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        null, event = os.open(os.devnull, os.O_RDWR), os.eventfd(0)
+        null, event = os.open(os.devnull, os.O_RDWR), os.eventfd(0, os.EFD_NONBLOCK)
         fds = [null, its_access.fileno(), its_control.fileno()]
-        fds += [event if d.kind == "signal" else null for d in entry.descriptors]
+        given = {"signal": event, "kick": event, "memory": memory}
+        for d, numbers in entry.own_slots():
+            fds += [given.get(d.kind, null)] * len(numbers)
         mode = column.mode
         own_id = host_id(number) if mode is not jail.Mode.NONE else 0
         try:
-            pid = nursery.spawn(entry.name, entry.name, fds, host_id=own_id, mode=mode, params=secrets)
+            pid = nursery.spawn(entry.name, entry.name, fds, host_id=own_id, mode=mode, params=params)
         except zygote.SpawnError as e:
             raise VmsupError(f"{column.name}: {e}") from None
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from remote import HERE
 
-from devproc.escapes import ATTEMPTS
+from devproc.escapes import ATTEMPTS, ON_MEMORY
 from devproc.jail import Mode, plan
 from integration.ordinary import as_user
 from supervisor import cli
@@ -124,6 +124,18 @@ def test_a_violation_names_the_call(matrix: dict[str, Any]) -> None:
     assert calls["processes: exec"] == "execve"
 
 
+def test_guest_memory_is_no_way_out_and_its_seals_hold_without_a_jail() -> None:
+    code, matrix = selftest([], "virtio-rng")
+    assert code == 0
+    rows = {r["attempt"]: r["outcomes"] for r in matrix["rows"] if r["group"] == "guest memory"}
+    assert rows.keys() == {a.name for a in ON_MEMORY}
+    assert {o["full"]["outcome"] for o in rows.values()} == {"killed"} | ANSWERS & {"ENOENT"}
+    unjailed = {name: outcomes["none"]["outcome"] for name, outcomes in rows.items()}
+    sealed = {name for name in rows if name.startswith(("truncate", "grow", "seal"))}
+    assert {name for name, outcome in unjailed.items() if outcome == "EPERM"} == sealed
+    assert {outcome for name, outcome in unjailed.items() if name not in sealed} == {"succeeded"}
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to leave out each layer")
 def test_without_any_single_layer_the_others_hold_but_for_memory() -> None:
     code, matrix = selftest([], "--layers", "rtc")
@@ -140,7 +152,7 @@ def test_an_escape_is_named_and_is_the_exit_code(
     nothing = selftest_module.COLUMNS[-1]
     weak = selftest_module.Column(selftest_module.FULL, frozenset({"seccomp"}))
     monkeypatch.setattr(selftest_module, "COLUMNS", (weak, nothing))
-    monkeypatch.setattr(selftest_module, "ATTEMPTS", ATTEMPTS[:4])
+    monkeypatch.setattr(selftest_module, "attempts", lambda victim: ATTEMPTS[:4])
     with pytest.raises(SystemExit) as end:
         cli.main(["jail", "selftest", "rtc"])
     assert end.value.code == 33
