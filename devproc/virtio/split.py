@@ -88,7 +88,7 @@ class SplitQueue:
         self._next_avail = self._seen = self._next_used = position
         self._out: dict[int, int] = {}  # head: where in the available ring it was
         self._unannounced = 0  # pushed since wants_interrupt was last asked
-        self._notified = False  # whether flags in the used ring let the driver notify
+        self._notified = False  # whether flags in the used ring ask for notifications; never with EVENT_IDX
 
     def pop(self) -> Chain | None:
         at = self._next_avail
@@ -144,7 +144,7 @@ class SplitQueue:
     def _look(self, at: int) -> bool:
         """Whether the driver has made more available; if not, it has been asked to notify."""
         if self._advance(at):
-            if self._notified and not self._event_idx:
+            if self._notified:
                 self._used_words[_FLAGS] = USED_F_NO_NOTIFY
                 self._notified = False
             return True

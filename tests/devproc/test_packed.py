@@ -243,7 +243,8 @@ def test_the_areas_may_lie_at_their_least_alignment(ends: Ends) -> None:
         (F_EVENT_IDX, 2, 2, False),  # the same place, in the next lap
         (F_EVENT_IDX, WRAP | 0x7FFF, 2, False),
         (F_EVENT_IDX, 0x7FFF, 2, False),
-        (F_EVENT_IDX, WRAP | 2, 0xFFFE, True),  # reserved bits
+        (F_EVENT_IDX, WRAP | 1, 0xFFFE, False),  # reserved bits mean nothing
+        (0, 0, 0xFFFD, False),
     ],
 )
 def test_suppression_of_interrupts(features: int, event: int, flags: int, wanted: bool) -> None:
