@@ -143,6 +143,13 @@ def _arguments() -> argparse.ArgumentParser:
         if name == "ps":
             verb.add_argument("--json", action="store_true", help="for machines")
 
+    balloon = verbs.add_parser("balloon", help="memory of a running VM that is given back to the host")
+    balloon.add_argument("socket", metavar="SOCKET", help="what was given to vmsup run --socket")
+    balloon.add_argument(
+        "mib", nargs="?", type=int, metavar="MIB", help="how much the guest should give [show what it gives]"
+    )
+    balloon.add_argument("--json", action="store_true", help="for machines")
+
     device = verbs.add_parser("device", help="the catalogue of devices").add_subparsers(
         dest="what", required=True
     )
@@ -322,6 +329,8 @@ def _dispatch(args: argparse.Namespace) -> int:
 
             control.ask(args.socket, "stop")
             return 0
+        case "balloon":
+            return _balloon(args)
         case "device":
             return _device(args)
         case "policy":
@@ -387,6 +396,21 @@ def _ps(args: argparse.Namespace) -> int:
         if status is not None:
             rows.append(status.as_json())
     print(json.dumps(rows, indent=2) if args.json else procstatus.table(rows))
+    return 0
+
+
+def _balloon(args: argparse.Namespace) -> int:
+    from supervisor import control  # noqa: PLC0415
+
+    if args.mib is not None:
+        control.ask(args.socket, "balloon", target_mib=args.mib)
+        return 0
+    counters = control.balloon_counters(args.socket)
+    print(
+        json.dumps(counters, indent=2)
+        if args.json
+        else "\n".join(f"{name:20} {count}" for name, count in counters.items())
+    )
     return 0
 
 

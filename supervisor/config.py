@@ -68,7 +68,7 @@ NET_KEYS = (
 
 @dataclass(frozen=True)
 class SerialConfig:
-    """A 16550A, or a port of the virtio console: what is at its other end, and whether the kernel prints there.
+    """A 16550A, or a port of the virtio console: its other end, and whether the kernel prints there.
 
     A port of the virtio console is itself a console in the guest unless it has a `name`.
     """

@@ -1,7 +1,7 @@
 """The control socket of a running VM: one JSON request line, one JSON answer line, over a unix stream socket.
 
-Requests are `{"do": "ps"}` and `{"do": "stop"}`; an answer has "error" or the result's own keys.  The
-socket's mode, 0600, decides who may connect.
+Requests are `{"do": "ps"}`, `{"do": "stop"}` and `{"do": "balloon"}`, this one perhaps with "target_mib"; an
+answer has "error" or the result's own keys.  The socket's mode, 0600, decides who may connect.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,8 +22,11 @@ _REQUEST_MAX = 4096
 _ANSWER_MAX = 1 << 20
 _CLIENTS_MAX = 8
 _TIMEOUT_S = 5.0
+_GUEST_TIMEOUT_S = 1.0  # how long a guest may take to say how its memory is used
+_ASK_EVERY_S = 0.05
 
-Verb = Callable[[], dict[str, Any]]
+Verb = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Answers a request, of which only "do" has been looked at."""
 
 
 class ControlServer:
@@ -84,11 +88,11 @@ class ControlServer:
 
     def _answer(self, request: bytes) -> dict[str, Any]:
         try:
-            verb = json.loads(request.split(b"\n")[0])["do"]
-            do = self._verbs[verb]
+            asked = json.loads(request.split(b"\n")[0])
+            do = self._verbs[asked["do"]]
         except (ValueError, LookupError, TypeError, RecursionError):
             return {"error": f"expected {{'do': one of {', '.join(self._verbs)}}}"}
-        return do()
+        return do(asked)
 
     def close(self) -> None:
         self._listener.close()
@@ -96,7 +100,7 @@ class ControlServer:
             client.close()
 
 
-def ask(path: str, verb: str) -> dict[str, Any]:
+def ask(path: str, verb: str, **arguments: Any) -> dict[str, Any]:
     """What the VM at socket `path` answers to `verb`.
 
     Raises:
@@ -107,7 +111,7 @@ def ask(path: str, verb: str) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
             s.settimeout(_TIMEOUT_S)
             s.connect(path)
-            s.sendall(json.dumps({"do": verb}).encode() + b"\n")
+            s.sendall(json.dumps({"do": verb, **arguments}).encode() + b"\n")
             answer = bytearray()
             while (data := s.recv(65536)) and len(answer) < _ANSWER_MAX:
                 answer += data
@@ -121,3 +125,25 @@ def ask(path: str, verb: str) -> dict[str, Any]:
     if not isinstance(result, dict) or "error" in result:
         raise ConfigError(f"{where}: {result.get('error') if isinstance(result, dict) else 'not an answer'}")
     return result
+
+
+def balloon_counters(path: str) -> dict[str, int]:
+    """What the balloon of the VM at socket `path` counts, with the guest's statistics if it gives any.
+
+    Raises:
+        ConfigError: as `ask`.
+    """
+
+    def ask_again() -> dict[str, int]:
+        time.sleep(_ASK_EVERY_S)
+        counters: dict[str, int] = ask(path, "balloon")["counters"]
+        return counters
+
+    # Each answer is what was known when the one before was asked for: the first is of another time.
+    ask(path, "balloon")
+    counters = ask_again()
+    updates = counters.get("updates", 0)
+    until_s = time.monotonic() + _GUEST_TIMEOUT_S
+    while counters.get("updates", 0) == updates and time.monotonic() < until_s:
+        counters = ask_again()
+    return counters

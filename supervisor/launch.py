@@ -162,11 +162,14 @@ class _Launch:
             install_kick_signal()
             signals = Signals()
             self.undo.callback(signals.close)
+            resized = partial(_resize, host, proxies)
+            resized()
             loop = RunLoop(
                 signals,
                 proxies,
                 [(events[name], how) for name, how in _EVENTS],
                 host.keyboard,
+                resized,
                 host.watched,
                 config.device_timeout,
                 nursery.pid,
@@ -182,7 +185,11 @@ class _Launch:
                 host.watched.append(chip)
         with step("make the control socket"):
             if config.socket is not None:
-                verbs = {"ps": lambda: self._ps(proxies, nursery), "stop": lambda: _stop(loop)}
+                verbs: dict[str, control.Verb] = {
+                    "ps": lambda _: self._ps(proxies, nursery),
+                    "stop": lambda _: _stop(loop),
+                    "balloon": partial(self._balloon, _find(proxies, "virtio-balloon")),
+                }
                 server = control.ControlServer(config.socket, verbs, janitor)
                 self.undo.callback(server.close)
                 host.watched.append(server)
@@ -307,10 +314,38 @@ class _Launch:
         kinds = {p.name: p.instance.entry.name for p in proxies}
         return {"pid": os.getpid(), "zygote": nursery.pid, "processes": processes, "kinds": kinds}
 
+    def _balloon(self, balloon: Proxy | None, request: Mapping[str, Any]) -> dict[str, Any]:
+        """A new target, or what was last known; in that case what is known next is asked for."""
+        if balloon is None:
+            return {"error": "this VM has no balloon, it was started without --balloon"}
+        target_mib = request.get("target_mib")
+        if target_mib is None:
+            balloon.set("refresh", 1)
+            balloon.ask_counters()
+            return {"counters": balloon.counters}
+        if type(target_mib) is not int or not 0 <= target_mib < self.config.mem:
+            return {"error": f"expected 0 to {self.config.mem - 1} MiB, not {target_mib!r:.40}"}
+        balloon.set("target_mib", target_mib)
+        return {}
+
+
+def _find(proxies: Sequence[Proxy], kind: str) -> Proxy | None:
+    return next((p for p in proxies if p.instance.entry.name == kind), None)
+
 
 def _stop(loop: RunLoop) -> dict[str, Any]:
     loop.end(ending.STOPPED)
     return {"stopping": True}
+
+
+def _resize(host: Host, proxies: Sequence[Proxy]) -> None:
+    """Tell the virtio console how large the terminal is, if that is where it is."""
+    console = _find(proxies, "virtio-console")
+    if console is None or host.keyboard is None or host.window is None:
+        return
+    with contextlib.suppress(OSError):  # it has hung up, which its keyboard will say
+        size = os.get_terminal_size(host.keyboard.fd)
+        console.set("size", size.columns | size.lines << 16 | host.window << 32)
 
 
 def _end_zygote(nursery: Zygote) -> None:

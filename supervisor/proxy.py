@@ -167,6 +167,29 @@ class Proxy:
         elif now_s - self._asked_at_s >= self._timeout_s:
             raise DeviceDied(self.name, f"hangs: no answer for {self._timeout_s:g} s")
 
+    # -- its settings and its counters
+
+    def set(self, name: str, value: int) -> None:
+        """Change a setting of its catalogue entry, unless it is on its way out.
+
+        Raises:
+            DeviceDied: it does not listen any more.
+            ValueError: there is no such setting.
+        """
+        self.instance.entry.check_setting(name, value)
+        with contextlib.suppress(wire.WireError):
+            self._send(wire.Set(name, value))
+
+    def ask_counters(self) -> None:
+        """Have `counters` brought up to date soon, unless it is busy with another question.
+
+        Raises:
+            DeviceDied: it does not take questions any more.
+        """
+        if self.control.state == "serving":
+            self._asked_at_s = time.monotonic()
+            self._send(wire.Stats())
+
     # -- its log and its violations
 
     def _say(self, line: str) -> None:

@@ -35,7 +35,8 @@ class Signals:
         self._read.setblocking(False)
         self._write.setblocking(False)
         self._before = {
-            s: signal.signal(s, lambda *_: None) for s in (*_ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE)
+            s: signal.signal(s, lambda *_: None)
+            for s in (*_ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE, signal.SIGWINCH)
         }
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
 
@@ -64,6 +65,7 @@ class RunLoop:
         proxies: every device process.
         events: eventfds of "panic", "poweroff" and "reset", in the order in which they count.
         keyboard: the terminal, if the VM is interactive.
+        resized: called when the terminal may have another size.
         watched: whatever else has descriptors.
         access_timeout_s: the longest a vCPU can be held by a device.
     """
@@ -74,6 +76,7 @@ class RunLoop:
         proxies: Sequence[Proxy],
         events: Sequence[tuple[int, Ending]],
         keyboard: Keyboard | None,
+        resized: Callable[[], None],
         watched: Sequence[Watched],
         access_timeout_s: float,
         zygote_pid: int,
@@ -83,6 +86,7 @@ class RunLoop:
         self._by_pid = {p.pid: p for p in proxies}
         self._events = events
         self._keyboard = keyboard
+        self._resized = resized
         self._watched = watched
         self._access_timeout_s = access_timeout_s
         self._zygote_pid = zygote_pid
@@ -209,6 +213,8 @@ class RunLoop:
                 self.end(ending.by_signal(number, signal.Signals(number).name))
             elif number == signal.SIGCHLD:
                 self._reap()
+            elif number == signal.SIGWINCH:
+                self._resized()
 
     def _reap(self) -> None:
         """Raises DeviceDied if one of ours ended or was stopped."""

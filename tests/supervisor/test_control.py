@@ -19,13 +19,14 @@ def server(tmp_path):
     """(the server, its path, what was asked)"""
     asked = []
 
-    def stop():
-        asked.append("stop")
+    def stop(request):
+        asked.append(request["do"])
         return {}
 
     path = str(tmp_path / "vm.sock")
     janitor = Janitor.start()
-    vm = ControlServer(path, {"ps": lambda: {"processes": [["rtc", 7]]}, "stop": stop}, janitor)
+    verbs = {"ps": lambda _: {"processes": [["rtc", 7]]}, "stop": stop, "echo": lambda request: request}
+    vm = ControlServer(path, verbs, janitor)
     yield vm, path, asked
     vm.close()
     janitor.finish()
@@ -142,6 +143,11 @@ def test_ask_gets_the_answer(server):
     assert in_background(vm, lambda: control.ask(path, "ps")) == {"processes": [["rtc", 7]]}
 
 
+def test_a_verb_gets_the_whole_request(server):
+    vm, path, _ = server
+    assert in_background(vm, lambda: control.ask(path, "echo", n=[1])) == {"do": "echo", "n": [1]}
+
+
 def test_ask_for_what_there_is_not_says_what_there_is(server):
     vm, path, _ = server
 
@@ -151,6 +157,16 @@ def test_ask_for_what_there_is_not_says_what_there_is(server):
         return str(e.value)
 
     assert "\n" not in in_background(vm, ask)
+
+
+def test_the_balloons_counters_are_those_of_after_the_question(tmp_path):
+    answers = [{"updates": 7}, {"updates": 8}, {"updates": 8}, {"updates": 9, "free_bytes": 1}]
+    janitor = Janitor.start()
+    path = str(tmp_path / "vm.sock")
+    vm = ControlServer(path, {"balloon": lambda _: {"counters": answers.pop(0)}}, janitor)
+    assert in_background(vm, lambda: control.balloon_counters(path)) == {"updates": 9, "free_bytes": 1}
+    vm.close()
+    janitor.finish()
 
 
 def test_a_path_that_is_taken_is_refused_and_kept(tmp_path):

@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import socket
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -272,6 +273,48 @@ def test_asking_a_dead_device_to_stop_is_no_trouble(serving):
 def test_stop_is_asked_for(serving):
     serving.proxy.ask_to_stop()
     assert wire.decode(serving.control.recv(100)) == wire.Stop()
+
+
+# -- its settings and its counters
+
+
+@pytest.fixture
+def balloon(serving):
+    """A proxy that takes its device for a balloon."""
+    serving.proxy.instance = replace(serving.proxy.instance, entry=CATALOG["virtio-balloon"])
+    return serving
+
+
+def test_a_setting_is_sent_whatever_else_was_asked(balloon):
+    balloon.proxy.check_alive(balloon.proxy._asked_at_s + PING_EVERY_S)
+    balloon.proxy.set("target_mib", 64)
+    assert wire.decode(balloon.control.recv(100)) == wire.Ping(1)
+    assert wire.decode(balloon.control.recv(100)) == wire.Set("target_mib", 64)
+
+
+@pytest.mark.parametrize(("name", "value"), [("target_mib", -1), ("target_mib", 1 << 21), ("size", 1)])
+def test_a_setting_that_the_catalogue_does_not_have_is_not_sent(balloon, name, value):
+    with pytest.raises(ValueError, match=f"cannot set {name}"):
+        balloon.proxy.set(name, value)
+    assert select.select([balloon.control], [], [], 0)[0] == []
+
+
+def test_a_device_that_is_leaving_is_left_alone(balloon):
+    balloon.proxy.ask_to_stop()
+    balloon.proxy.set("target_mib", 64)
+    balloon.proxy.ask_counters()
+    assert wire.decode(balloon.control.recv(100)) == wire.Stop()
+    assert select.select([balloon.control], [], [], 0)[0] == []
+
+
+def test_counters_arrive_later_and_are_asked_for_once(balloon):
+    balloon.proxy.ask_counters()
+    balloon.proxy.ask_counters()
+    assert wire.decode(balloon.control.recv(100)) == wire.Stats()
+    assert select.select([balloon.control], [], [], 0)[0] == []
+    balloon.send(wire.Counters(("updates", 3)))
+    balloon.proxy.on_control()
+    assert balloon.proxy.counters == {"updates": 3}
 
 
 # -- accesses from Python
