@@ -1,8 +1,9 @@
 """What a device did while every call of it was watched, as a policy, and how the shipped policy differs.
 
 seccomp_unotify(2).  A record is a line "INSTANCE NUMBER ARG0 ... ARG5", the arguments in hexadecimal.  Left
-out: what a call gave, which a listener does not see; ranges, a value seen is proposed with ==; and an allow
-under conditions beside an errno for the rest of the same call, which no policy of ours needs.
+out: what a call gave, which a listener does not see; ranges, a value seen is proposed with ==, but for an
+array of descriptors; and an allow under conditions beside an errno for the rest of the same call, which no
+policy of ours needs.
 """
 
 from __future__ import annotations
@@ -179,12 +180,25 @@ def _clauses(name: str, calls: Sequence[Call], slots: Mapping[str, int]) -> tupl
     values = sorted({tuple(c.args[i] for i in compared) for c in calls})
     if not compared:
         return ()
-    return tuple(
-        tuple(
-            Atom(i, "==", v, _spelled(v, kinds[i], slots)) for i, v in zip(compared, combination, strict=True)
-        )
+    found = (
+        tuple(a for i, v in zip(compared, combination, strict=True) for a in _atoms(i, v, kinds[i], slots))
         for combination in values
     )
+    return tuple(dict.fromkeys(found))  # one for all of an array
+
+
+def _atoms(arg: int, value: int, kind: str, slots: Mapping[str, int]) -> tuple[Atom, ...]:
+    """What holds for `value`, and for the rest of its array if it is one of an array of descriptors."""
+    if kind == _FD and (array := _array(value, slots)):
+        first, last = f"{array}_FIRST", f"{array}_LAST"
+        return Atom(arg, ">=", slots[first], first), Atom(arg, "<=", slots[last], last)
+    return (Atom(arg, "==", value, _spelled(value, kind, slots)),)
+
+
+def _array(fd: int, slots: Mapping[str, int]) -> str:
+    """The name of the array that a descriptor belongs to, or ""."""
+    arrays = (name.removesuffix("_FIRST") for name in slots if name.endswith("_FIRST"))
+    return next((a for a in arrays if slots[f"{a}_FIRST"] <= fd <= slots[f"{a}_LAST"]), "")
 
 
 def _spelled(value: int, kind: str, slots: Mapping[str, int]) -> str:

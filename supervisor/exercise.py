@@ -1,4 +1,4 @@
-"""One device process in its jail, without a guest: random accesses, and all that the supervisor can ask.
+"""One device process in its jail: random accesses, all that the supervisor can ask, a virtio driver's part.
 
 What `vmsup policy learn` watches when there is no VM to watch, and what `vmsup policy verify` runs under the
 shipped policy.  Left out: what takes long (an alarm a minute away) and what only a bug can bring about (a
@@ -11,13 +11,16 @@ import contextlib
 import os
 import random
 import select
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from devproc import jail, wire, zygote
-from devproc.catalog import Entry
+from devproc.catalog import CATALOG, Entry
 from devproc.channel import ChannelClosed
+from devproc.driver import PciDriver
+from devproc.virtio import spec
 from devproc.wire import PeerError, Space
 from kvmcore import layout
 from kvmcore.exitloop import Core, DeviceGone
@@ -36,6 +39,9 @@ Watch = Callable[[str, str], Callable[[int], None] | None]
 ACCESSES: Final = 2000
 _SEED: Final = 1
 _MEM_BELOW_4G: Final = 256 << 20
+_DISK_SIZE: Final = 1 << 20
+_PAGE_SIZE: Final = 4096
+_REQUEST_SIZE: Final = 16  # a request of virtio-blk: read from sector 0
 _TIMEOUT_S: Final = 5.0
 _PAUSE_S: Final = 0.1  # for deadlines that the accesses have set
 
@@ -53,8 +59,7 @@ def exercise(device: str, say: Say, filters: Filters | None = None, watch: Watch
         DeviceDied: it did not live as it should; the text names the system call that it was killed for.
         SpawnError: it could not be started.
     """
-    instances = machine.instances(RunConfig(kernel="", irqchip="split"), _MEM_BELOW_4G, 0)
-    instance = next(i for i in instances if i.entry.name == device)
+    instance = _instance(CATALOG[device])
     with contextlib.ExitStack() as undo:
         jail.adopt_orphans()
         undo.callback(jail.adopt_orphans, False)
@@ -66,13 +71,38 @@ def exercise(device: str, say: Say, filters: Filters | None = None, watch: Watch
                 life.explained(last_words)
 
 
-class _Life:
-    """A device process, and the host's end of whatever it holds."""
+def _instance(entry: Entry) -> machine.Instance:
+    """A device of the kind with the least of each parameter, or as the default machine has it."""
+    if entry.virtio is None:
+        instances = machine.instances(RunConfig(kernel="", irqchip="split"), _MEM_BELOW_4G, 0)
+        return next(i for i in instances if i.entry.name == entry.name)
+    given = {"mem_below_4g": _MEM_BELOW_4G, entry.fsize: _DISK_SIZE}
+    params = [given.get(p.name, p.low) if p.type is int else bytes(p.low) for p in entry.params]
+    return machine.Instance(entry.name, entry, params=tuple(params), pci_slot=1)
 
-    def __init__(self, proxy: Proxy, core: Core, signals: list[int], typed: int, shown: int) -> None:
+
+class _Life:
+    """A device process, and the host's end of whatever it holds; to `PciDriver` the function itself.
+
+    Args:
+        events: eventfds by the name of their descriptor.
+    """
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        core: Core,
+        memory: GuestMemory,
+        events: Mapping[str, tuple[int, ...]],
+        typed: int,
+        shown: int,
+    ) -> None:
         self.proxy = proxy
         self.core = core
-        self._signals = signals
+        self._memory = memory
+        self._events = events
+        signals = [d.name for d in proxy.instance.entry.descriptors if d.kind == "signal"]
+        self._signals = [fd for name in signals for fd in events[name]]
         self._typed = typed
         self._shown = shown
         self._random = random.Random(_SEED)
@@ -89,7 +119,30 @@ class _Life:
 
     def ask(self, message: wire.Message) -> wire.Message:
         self.proxy.control.send(message)
-        return self.proxy.control.recv()
+        while isinstance(answer := self.proxy.control.recv(), wire.Log):
+            pass  # what it says of a driver as bad as this one
+        return answer
+
+    def read(self, space: int, offset: int, size: int) -> int:
+        return self.core.read(self.proxy.index, space, offset, size)
+
+    def write(self, space: int, offset: int, size: int, data: int) -> None:
+        self.core.write(self.proxy.index, space, offset, size, data, False)
+
+    def drive(self) -> None:
+        """As the driver of a virtio function: both kinds of ring and of interrupt, a buffer in each queue."""
+        if self.proxy.instance.entry.virtio is None:
+            return
+        driver = PciDriver(self, self._memory)
+        for features, msix in ((spec.F_VERSION_1, True), (driver.offered(), False)):
+            driver.start(features, msix=msix)
+            for queue, kick in zip(driver.queues, self._events["kick"], strict=True):
+                queue.request(_PAGE_SIZE)
+                queue.request(bytes(_REQUEST_SIZE), _PAGE_SIZE)
+                os.eventfd_write(kick, 1)
+            os.eventfd_write(self._events["resample"][0], 1)
+            self.ask(wire.Ping(1))  # it is answered after the kicks
+            self._turn()
 
     def access(self, accesses: int) -> None:
         """Random accesses to random registers, with input coming in and output taken off."""
@@ -137,6 +190,7 @@ class _Life:
 
 
 def _stop(life: _Life) -> None:
+    life.drive()
     life.access(ACCESSES // 2)
     life.control()
     time.sleep(_PAUSE_S)
@@ -163,12 +217,21 @@ def _process(
         signals = {name: os.eventfd(0, os.EFD_NONBLOCK) for name in ("panic", "poweroff", "reset")}
         theirs, typed = os.pipe2(os.O_NONBLOCK)
         shown, output = os.pipe2(os.O_NONBLOCK)
-        for fd in (*signals.values(), theirs, typed, shown, output):
+        disk = os.memfd_create("disk")
+        os.truncate(disk, _DISK_SIZE)
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        undo.callback(near.close)
+        undo.callback(far.close)
+        for fd in (*signals.values(), theirs, typed, shown, output, disk):
             undo.callback(os.close, fd)
         memory = GuestMemory.create(layout.ram_regions(_MEM_BELOW_4G))
         undo.callback(memory.close)
-        stand_ins = {"input": theirs, "output": output}  # by the kind of a descriptor that an opener opens
-        fds = {d.name: (stand_ins[d.kind],) for d in instance.entry.descriptors if d.kind in stand_ins}
+        # by the kind of a descriptor that an opener opens
+        stand_ins = {
+            "input": theirs, "output": output, "disk": disk, "tap": near.fileno(), "stream": near.fileno()
+        }  # fmt: skip
+        own = [(d, len(numbers)) for d, numbers in instance.entry.own_slots() if d.kind in stand_ins]
+        fds = {d.name: (stand_ins[d.kind],) * count for d, count in own}
         opened = {instance.name: Opened(fds)}
         core = Core(round(_TIMEOUT_S * 1000))
         spawner = Spawner(nursery, core, jail.Mode.FULL, _TIMEOUT_S, signals, memory.fd, opened, say)
@@ -177,9 +240,8 @@ def _process(
         undo.callback(_end, proxy)
         proxy.await_ready(jail.Mode.FULL, watch and watch(instance.entry.name, instance.name))
         proxy.control.sock.settimeout(_TIMEOUT_S)
-        own = spawner.eventfds.get(instance.name, {})
-        written = [fd for d in instance.entry.descriptors if d.kind == "signal" for fd in own.get(d.name, ())]
-        yield _Life(proxy, core, [*signals.values(), *written], typed, shown)
+        events = {name: (fd,) for name, fd in signals.items()} | spawner.eventfds.get(instance.name, {})
+        yield _Life(proxy, core, memory, events, typed, shown)
 
 
 def _end(proxy: Proxy) -> None:

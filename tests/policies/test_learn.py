@@ -13,7 +13,7 @@ from policies.lint import NEVER, lint
 from policies.parse import load, parse
 from policies.syscalls import NAMES, SYSCALLS
 
-SLOTS = {"FD_LOG": 2, "FD_ACCESS": 3, "FD_CONTROL": 4}
+SLOTS = {"FD_LOG": 2, "FD_ACCESS": 3, "FD_CONTROL": 4, "FD_KICK_FIRST": 5, "FD_KICK_LAST": 8}
 U64_MAX = (1 << 64) - 1
 
 
@@ -70,6 +70,13 @@ def test_descriptors_flags_and_commands_are_proposed_by_name() -> None:
         "fcntl": "arg0 == FD_ACCESS && arg1 == F_SETFL",
         "lseek": "arg0 == 9 && arg2 == SEEK_END",
     }
+
+
+def test_one_of_an_array_of_descriptors_stands_for_all() -> None:
+    made = lesson("brk: 1", call("read", 5), call("read", 7), call("read", 8), call("read", 2))
+    (rule,) = made.proposal.rules
+    assert rule.condition() == "arg0 == FD_LOG || arg0 >= FD_KICK_FIRST && arg0 <= FD_KICK_LAST"
+    assert lint(made.proposal) == []
 
 
 def test_flags_that_are_not_all_known_are_a_number() -> None:
