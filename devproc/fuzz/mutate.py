@@ -1,0 +1,176 @@
+"""Makes inputs: a device's register tables are the grammar, and its constants the dictionary.
+
+Everything it makes is canonical, so that what is run needs no check; that is why it works on whole records.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final
+
+from devproc.catalog import Entry
+from devproc.fuzz.inputs import (
+    CLOCK_MAX_NS,
+    RECORD,
+    RECORDS_MAX,
+    REPEAT_MAX,
+    ROOM_MAX,
+    Op,
+    Record,
+    chunks,
+    encode,
+)
+from devproc.regs import INDEXED, Table
+from devproc.wire import SIZES
+
+LENGTH_MAX: Final = 64 * RECORD.size  # of what mutation makes: short inputs are quick, and are read by people
+_SIZE: Final = RECORD.size
+_SLOW: Final = 0.001  # how many of the operations are those that cost as much as a hundred others
+_NS: Final = 10**9
+_TIMES: Final = (0, 1, 1_000, 30_518, 122_071, 1_000_000, 20_000_000, _NS - 1, _NS, 61 * _NS, 86_400 * _NS)
+_TEXTS: Final = (b"a", b"\r", b"\x03", b"\x00\xff", b"typed at once", bytes(range(40)))
+
+
+class Mutator:
+    """A source of inputs for one device; `random` gives it a number in [0, 1), and may be used by others.
+
+    Args:
+        entry: its kind.
+        tables: its registers.
+        words: numbers and texts worth trying: constants of its code, a user's dictionary.
+        seed: the same gives the same inputs.
+    """
+
+    def __init__(
+        self, entry: Entry, tables: Sequence[Table], words: Sequence[int | bytes], seed: int
+    ) -> None:
+        self.random = random.Random(seed).random
+        self._sizes = {int(r.space): r.size for r in entry.regions}
+        numbers = sorted(
+            {w for w in words if isinstance(w, int)} | {0, 1, 2, 0x7F, 0x80, 0xFF, (1 << 64) - 1}
+        )
+        texts = [*_TEXTS, *(w for w in words if isinstance(w, bytes) and w)]
+        reads, writes = self._accesses(tables, numbers)
+        kinds = {d.kind for d in entry.descriptors}
+        weighted = [(5, reads), (7, writes)]
+        if entry.sources:
+            times = [t for t in (*_TIMES, *numbers) if t < CLOCK_MAX_NS]
+            weighted.append((2, [encode([Record(Op.CLOCK, data=t)]) for t in times]))
+        if "wall" in entry.sources:
+            jumps = [j for t in _TIMES for j in (t, -t)] + [400 * 365 * 86_400 * _NS]
+            weighted.append((1, [encode([Record(Op.WALL, data=j & ((1 << 64) - 1))]) for j in jumps]))
+        if "input" in kinds:
+            weighted.append((2, [encode([*chunks(t), Record(Op.INPUT)]) for t in texts]))
+        if "output" in kinds:
+            weighted.append((1, [encode([Record(Op.ROOM, data=n)]) for n in (0, 0, 1, 15, ROOM_MAX)]))
+        self._pools = [pool for weight, pool in weighted for _ in range(weight if pool else 0)]
+        slow = [Record(Op.SAVE), *(Record(Op.REPEAT, data=n) for n in (2, 17, 5000))]
+        self._slow = [encode([r]) for r in slow]
+
+    def _accesses(self, tables: Sequence[Table], numbers: list[int]) -> tuple[list[bytes], list[bytes]]:
+        reads: list[Record] = []
+        writes: list[Record] = []
+        indices = [r.offset for t in tables if t.space == INDEXED for r in t.registers]
+        for table in tables:
+            if table.space not in self._sizes:
+                continue
+            for r in table.registers:
+                whole = r.size if r.size in SIZES else 1
+                if r.access != "WO":
+                    reads += [Record(Op.READ, table.space, size, 0, r.offset) for size in {1, whole}]
+                if r.access == "RO":
+                    continue
+                top = (1 << 8 * whole) - 1
+                bits = [1 << b for b in range(8 * whole) if r.mask >> b & 1]
+                values = {0, top, r.mask, r.reset, *bits, *(n & top for n in numbers), *indices} & set(
+                    range(top + 1)
+                    if whole == 1
+                    else {0, top, r.mask, r.reset, *bits, *(n & top for n in numbers)}
+                )
+                writes += [Record(Op.WRITE, table.space, whole, 0, r.offset, v) for v in sorted(values)]
+            for size in SIZES:
+                if size <= self._sizes[table.space]:
+                    at = self._sizes[table.space] - size
+                    reads.append(Record(Op.READ, table.space, size, 0, at))
+                    writes.append(Record(Op.WRITE, table.space, size, 0, at, (1 << 8 * size) - 1))
+        return [RECORD.pack(*r) for r in reads], [RECORD.pack(*r) for r in writes]
+
+    def fresh(self) -> bytes:
+        """A new input."""
+        return b"".join(self._snippet() for _ in range(1 + int(self.random() * 8)))
+
+    def _snippet(self) -> bytes:
+        rnd = self.random
+        pool = self._pools[int(rnd() * len(self._pools))] if rnd() > _SLOW else self._slow
+        return pool[int(rnd() * len(pool))]
+
+    def mutate(self, data: bytes, other: bytes) -> bytes:
+        """`data` changed in one to eight places; parts of `other` may be in it."""
+        rnd = self.random
+        while True:
+            count = len(data) // _SIZE
+            at = int(rnd() * (count + 1)) * _SIZE
+            choice = rnd()
+            if not count or choice < 0.2:
+                data = data[:at] + self._snippet() + data[at:]
+            elif choice < 0.25:
+                burst = b"".join(self._snippet() for _ in range(2 + int(rnd() * 4)))
+                data = data[:at] + burst + data[at:]
+            elif choice < 0.45:
+                at = int(rnd() * count) * _SIZE
+                data = data[:at] + self._snippet() + data[at + _SIZE :]
+            elif choice < 0.6:
+                data = data[:at] + data[at + (1 + int(rnd() * rnd() * count)) * _SIZE :]
+            elif choice < 0.85:
+                at = int(rnd() * count) * _SIZE
+                data = data[:at] + self._changed(data[at : at + _SIZE]) + data[at + _SIZE :]
+            elif choice < 0.92:
+                end = at + (1 + int(rnd() * 8)) * _SIZE
+                data = data[:end] + data[at:end] + data[end:]
+            else:
+                take = int(rnd() * (len(other) // _SIZE + 1)) * _SIZE
+                data = data[:at] + other[take:]
+            if rnd() < 0.45:
+                return data[:LENGTH_MAX]
+
+    def _changed(self, record: bytes) -> bytes:
+        """One record with another value, size or place."""
+        rnd = self.random
+        op, space, size, aux, offset, value = RECORD.unpack(record)
+        if op in (Op.READ, Op.WRITE):
+            choice = rnd()
+            if choice < 0.15:
+                sizes = [s for s in SIZES if s <= self._sizes[space]]
+                size = sizes[int(rnd() * len(sizes))]
+            elif choice < 0.3:
+                offset += int(rnd() * 9) - 4
+            elif choice < 0.25:
+                spaces = list(self._sizes)
+                space = spaces[int(rnd() * len(spaces))]
+                size = min(size, self._sizes[space])
+            offset %= self._sizes[space] - size + 1
+            if op == Op.READ:
+                return RECORD.pack(op, space, size, 0, offset, 0)
+            top = (1 << 8 * size) - 1
+            return RECORD.pack(op, space, size, 0, offset, self._number(value, 8 * size) & top)
+        limit = {Op.CLOCK: CLOCK_MAX_NS, Op.ROOM: ROOM_MAX + 1, Op.REPEAT: REPEAT_MAX}.get(op)
+        if op in (Op.WALL, Op.DATA):
+            limit = 1 << (64 if op == Op.WALL else 8 * size)
+        if limit is None:
+            return record
+        value = self._number(value, limit.bit_length()) % limit
+        return RECORD.pack(op, space, size, aux, offset, max(value, 1) if op == Op.REPEAT else value)
+
+    def _number(self, value: int, bits: int) -> int:
+        """A number near `value`, or any of so many bits."""
+        rnd = self.random
+        choice = rnd()
+        if choice < 0.45:
+            return value ^ (1 << int(rnd() * bits))
+        if choice < 0.7:
+            return (value + int(rnd() * 17) - 8) & ((1 << 64) - 1)
+        return int(rnd() * (1 << int(rnd() * bits + 1)))
+
+
+assert LENGTH_MAX <= RECORDS_MAX * _SIZE

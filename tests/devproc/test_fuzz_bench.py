@@ -1,0 +1,186 @@
+"""The bench, its coverage and its oracles, each of which speaks of the bug that it is for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from devproc.catalog import CATALOG, Entry
+from devproc.fuzz import instrument
+from devproc.fuzz.bench import Bench, Finding
+from devproc.fuzz.inputs import RECORD, Rep, canonical, default_params, parse, records, to_text
+from devproc.fuzz.mutate import LENGTH_MAX, Mutator
+from integration.fuzz.seeded import BUGS, plant
+
+LEGACY = ("serial", "rtc", "i8042", "pit", "pci-host", "acpi-pm", "pvpanic")
+
+
+def bench_of(entry: Entry) -> Bench:
+    return Bench(entry, instrument.load(entry), entry.check_params(default_params(entry)))
+
+
+def copied(device: str, where: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> Entry:
+    """The entry with an exact copy of the model: what the other tests import stays as it is."""
+    return plant(device, (), module, where, monkeypatch)
+
+
+def mutator(entry: Entry, seed: int = 1) -> Mutator:
+    tables = instrument.load(entry).TABLES
+    return Mutator(entry, tables, getattr(sys.modules[entry.module], instrument.WORDS), seed)
+
+
+def input_of(entry: Entry, lines: str) -> bytes:
+    head = to_text(Rep(entry.name, b"", default_params(entry)))
+    return parse(head + lines.replace("; ", "\n")).data
+
+
+@pytest.mark.parametrize("name", [name for name, bug in BUGS.items() if bug.kind != "hang"])
+def test_each_oracle_finds_its_bug_and_nothing_without_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bug = BUGS[name]
+    module = name.replace("-", "_")
+    data = input_of(CATALOG[bug.device], bug.shown_by)
+    right = bench_of(plant(bug.device, (), f"right_{module}", tmp_path, monkeypatch))
+    right.run(data)
+    right.check(data)
+    monkeypatch.undo()
+    wrong = bench_of(plant(bug.device, bug.changes, f"wrong_{module}", tmp_path, monkeypatch))
+
+    def run() -> None:
+        wrong.run(data)
+        wrong.check(data)
+
+    with pytest.raises(Exception) as found:
+        run()
+    assert (found.value.kind if isinstance(found.value, Finding) else "exception") == bug.kind
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_no_oracle_speaks_of_a_device_as_it_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(copied(name, tmp_path, monkeypatch, f"clean_{name.replace('-', '_')}"))
+    source = mutator(bench.entry)
+    data = source.fresh()
+    for n in range(200):
+        data = source.mutate(data, source.fresh())
+        bench.reset()
+        bench.run(data)
+        if n % 20 == 0:
+            bench.check(data)
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_a_reset_bench_is_as_a_new_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = copied(name, tmp_path, monkeypatch, f"reset_{name.replace('-', '_')}")
+    bench = bench_of(entry)
+    fresh = bench.model.save()
+    source = mutator(entry)
+    for _ in range(50):
+        bench.reset()
+        bench.run(source.mutate(source.fresh(), source.fresh()))
+    bench.reset()
+    assert bench.model.save() == fresh
+    assert bench.model.counters() == bench_of(entry).model.counters()
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_what_mutation_makes_is_canonical(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = copied(name, tmp_path, monkeypatch, f"made_{name.replace('-', '_')}")
+    source = mutator(entry)
+    data = source.fresh()
+    for _ in range(400):
+        data = source.mutate(data, source.fresh())
+        assert len(data) <= LENGTH_MAX
+        for r in records(data):
+            # One by one, because data for the host's input may have lost the INPUT that takes it.
+            assert canonical(entry, RECORD.pack(*r)) in (RECORD.pack(*r), b"")
+
+
+def test_the_same_seed_makes_the_same_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = copied("rtc", tmp_path, monkeypatch, "seeds_rtc")
+    first, again, other = (mutator(entry, seed) for seed in (7, 7, 8))
+    inputs = [first.fresh() for _ in range(20)]
+    assert [again.fresh() for _ in range(20)] == inputs
+    assert [other.fresh() for _ in range(20)] != inputs
+
+
+def test_a_bench_tells_what_each_operation_brings() -> None:
+    rep = parse(
+        "vmrep 1 serial clock=0 wall=0\n"
+        "write PORT 0x4 1 0xa\n"  # RTS, OUT2
+        "write PORT 0x1 1 0x1\n"  # an interrupt for received data
+        "input 6869\n"  # one byte fits
+        "read PORT 0x0 1\n"
+        "read PORT 0x0 1\n"
+        "write PORT 0x0 1 0x41\n"
+    )
+    entry = CATALOG["serial"]
+    steps: list[object] = []
+    from devproc.devices.serial import Serial  # noqa: PLC0415 - the model as it is, beside instrumented ones
+
+    bench = Bench(entry, Serial, {}, rep.clock_ns, rep.wall_ns)
+    bench.run(rep.data, steps)  # type: ignore[arg-type]
+    # data hi, then INPUT: the interrupt; then each byte read lets the next in
+    assert [(s.value, s.raised, s.sent) for s in steps[2:]] == [  # type: ignore[attr-defined]
+        (None, {}, b""),
+        (None, {0: 1}, b""),
+        (0x68, {0: 1}, b""),
+        (0x69, {}, b""),
+        (None, {}, b"A"),
+    ]
+
+
+def test_blocks_are_numbered_by_the_text_and_reached_by_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "covered_text.py").write_text(
+        "def sign(n):\n"  # 0
+        '    """Doc."""\n'
+        "    if n > 0:\n"
+        "        return 1\n"  # 1; 2 is "not taken"
+        "    for _ in range(n):\n"
+        "        pass\n"  # 3
+        "    try:\n"
+        "        return 0x1234 // n\n"
+        "    except ZeroDivisionError:\n"
+        "        return 0\n"  # 4
+        "class Model:\n"
+        "    def none(self):\n"  # 5
+        "        pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = Entry("covered", "", "covered_text", "Model", regions=())
+    assert [(b.line, b.function, b.taken) for b in instrument.blocks(entry)] == [
+        (1, "sign", True), (4, "sign", True), (3, "sign", False), (6, "sign", True), (10, "sign", True),
+        (12, "Model.none", True),
+    ]  # fmt: skip
+    instrument.load(entry)
+    module = sys.modules["covered_text"]
+    assert module.sign.__doc__ == "Doc."
+    assert 0x1234 in getattr(module, instrument.WORDS)
+
+    def reached(n: int) -> list[int]:
+        cov = bytearray(16)
+        assert instrument.attach([module], cov) == 6
+        module.sign(n)
+        return [i for i, byte in enumerate(cov) if byte]
+
+    assert reached(5) == [0, 1]
+    assert reached(0) == [0, 2, 4]
+    assert reached(-1) == [0, 2]
+    with pytest.raises(Exception, match="sign"):
+        raise RuntimeError(str(module.sign))
+
+
+def test_a_traceback_names_the_lines_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug = BUGS["value-not-checked"]
+    bench = bench_of(plant(bug.device, bug.changes, "lines_rtc", tmp_path, monkeypatch))
+    with pytest.raises(ValueError) as found:
+        bench.run(input_of(bench.entry, bug.shown_by))
+    text = (tmp_path / "lines_rtc.py").read_text().splitlines()
+    ours = [e.lineno for e in found.traceback if e.path == tmp_path / "lines_rtc.py"]
+    assert "monthrange(" in text[ours[-1]]
