@@ -1,0 +1,256 @@
+"""A device process that fuzzes itself: the program (`nursery.Program`) of `vmsup fuzz`.
+
+It is the device process of a VM, with the same descriptors, jail and policy, up to the moment it would
+serve.  Then it makes inputs, runs them on a `bench.Bench`, and keeps those that reach something new: a round
+trip per input would cost more than the input.  Each `Ping` of the supervisor runs the request that is in the
+page, its `Pong` says that the answer is there.  That the bench is no other device than the one behind the
+wire is checked by the supervisor, which rehearses a sample (rehearsal.py).
+
+Requests are objects with "mode":
+
+    mutate  "inputs" join the corpus, "count" inputs are made and run: "new", "found", "sample", "runs"
+    exact   "inputs" are run as they are: for each its "blocks", and its finding or none in "found"
+    trace   "input" is run on a new model from "clock" and "wall": "steps", or "found"
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import socket
+import sys
+from typing import Any, Final, NoReturn
+
+from devproc import child, jail
+from devproc.catalog import Entry, Params
+from devproc.channel import Channel
+from devproc.fuzz import instrument
+from devproc.fuzz.bench import Bench, Finding, Step
+from devproc.fuzz.inputs import RECORD, canonical
+from devproc.fuzz.mutate import Mutator
+from devproc.fuzz.page import Page
+from devproc.ports import Device
+from devproc.wire import PeerError, Ping, Pong, Stop
+
+EXTRA_FDS: Final = 1  # the page
+_PATTERNS_MAX: Final = 1 << 16  # sets of blocks that are known to be nothing new
+_REPLY_INPUTS: Final = 256  # in one answer
+_CHECK_EVERY: Final = 512  # inputs; what reaches something new is always checked
+_FRAMES: Final = 3  # of a traceback that tell findings apart
+
+
+def load(entry: Entry) -> type[Any]:
+    """The model, instrumented."""
+    return instrument.load(entry)
+
+
+def main(ctx: jail.Context, model: type[Any], name: str) -> NoReturn:
+    """As `child.main`, with the page as one more descriptor."""
+    *fds, fd = ctx.fds
+    page = Page(fd)
+    ctx.fds = fds
+    child.main(ctx, model, name, functools.partial(Executor, page))
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """A finding as it is reported: kind, why, frames from the innermost, and what tells it from others."""
+    frames = []
+    at = error.__traceback__
+    while at is not None:
+        code = at.tb_frame.f_code
+        place = "/".join(code.co_filename.split("/")[-2:])
+        if not place.startswith("fuzz/"):
+            frames.append(f"{place}:{at.tb_lineno} {code.co_name}")
+        at = at.tb_next
+    frames.reverse()
+    kind = error.kind if isinstance(error, Finding) else "exception"
+    # An oracle's words tell its findings apart, the numbers in them do not.
+    what = re.sub(r"[0-9a-fx]*\d[0-9a-fx]*", "#", str(error)) if isinstance(error, Finding) else ""
+    told = [kind, type(error).__name__, what, *frames[:_FRAMES]]
+    return {
+        "kind": kind,
+        "why": str(error)[:1000] if isinstance(error, Finding) else f"{type(error).__name__}: {error}"[:1000],
+        "frames": frames[:20],
+        "key": hashlib.sha256("\n".join(told).encode()).hexdigest()[:16],
+    }
+
+
+class Executor:
+    """In place of `child.Server`: takes its arguments, after the page."""
+
+    def __init__(
+        self,
+        page: Page,
+        entry: Entry,
+        model: type[Any],
+        params: Params,
+        access: socket.socket,
+        control: Channel,
+    ) -> None:
+        self._page = page
+        self._entry = entry
+        self._model = model
+        self._params = params
+        self._control = control
+        self._access = access  # held open as every device holds it
+        loaded = [sys.modules[name] for name in instrument.modules(entry)]
+        self._words = sorted({word for m in loaded for word in getattr(m, instrument.WORDS)})
+        self._blocks = instrument.attach(loaded, page.map)
+        self._zeros = bytes(self._blocks)
+        self._mutator: Mutator | None = None
+        self._corpus: list[bytes] = []
+        self._seen = 0
+        self._patterns: set[bytes] = set()
+        self._known: set[str] = set()  # keys of findings that were reported
+        self._runs = 0
+        self._bench = self._new_bench()
+        self.device: Device = self._bench.model
+
+    def serve(self) -> None:
+        """Until `Stop`; raises PeerError for a message that is no business of a fuzzed device."""
+        while True:
+            message = self._control.recv()
+            match message:
+                case Stop():
+                    return
+                case Ping(token):
+                    self._page.reply(self._answer(self._page.request()))
+                    self._control.send(Pong(token))
+                case _:
+                    raise PeerError(f"{type(message).__name__} to a device that is fuzzed")
+
+    def _answer(self, asked: Any) -> dict[str, Any]:
+        match asked["mode"]:
+            case "mutate":
+                return self._mutate(asked)
+            case "exact":
+                return self._exact(asked)
+            case "trace":
+                return self._trace(asked)
+        raise PeerError(f"mode {asked['mode']!r}")
+
+    # -- requests
+
+    def _mutate(self, asked: dict[str, Any]) -> dict[str, Any]:
+        if self._mutator is None:
+            words = [*self._words, *asked["numbers"], *map(bytes.fromhex, asked["texts"])]
+            self._mutator = Mutator(self._entry, self._model.TABLES, words, asked["seed"])
+            self._random = self._mutator.random
+            self._begin(b"")
+            self._bench.check(b"")  # what a device does in any input is nothing new
+            self._note()
+        new: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
+        began = self._runs
+        for text in asked["inputs"]:
+            self._try(canonical(self._entry, bytes.fromhex(text)), new, found)
+        rnd, mutator = self._random, self._mutator
+        until = began + asked["count"]
+        data = b""
+        while self._runs < until and len(new) < _REPLY_INPUTS and len(found) < _REPLY_INPUTS:
+            corpus = self._corpus
+            if rnd() < 0.02 + 1 / (1 + len(corpus)):
+                data = mutator.fresh()
+            else:
+                # The later ones are the deeper ones.
+                data = corpus[int(rnd() ** 0.5 * len(corpus))]
+                data = mutator.mutate(data, corpus[int(rnd() * len(corpus))])
+            self._try(data, new, found)
+        return {
+            "runs": self._runs - began,
+            "new": new,
+            "found": found,
+            "sample": data.hex(),
+            "covered": self._indices(self._seen),
+        }
+
+    def _exact(self, asked: dict[str, Any]) -> dict[str, Any]:
+        blocks: list[list[int]] = []
+        found: list[dict[str, Any] | None] = []
+        for text in asked["inputs"]:
+            data = canonical(self._entry, bytes.fromhex(text))
+            error = None
+            hit = b""
+            try:
+                hit = self._run(data)
+                self._bench.check(data)
+            except Exception as e:
+                error = describe(e)
+                hit = hit or self._page.map[: self._blocks]
+                self._bench = self._new_bench()
+            blocks.append(self._indices(int.from_bytes(hit, "little")))
+            found.append(error)
+        return {"blocks": blocks, "found": found}
+
+    def _trace(self, asked: dict[str, Any]) -> dict[str, Any]:
+        data = canonical(self._entry, bytes.fromhex(asked["input"]))
+        self._begin(data)
+        bench = Bench(self._entry, self._model, self._params, asked["clock"], asked["wall"])
+        steps: list[Step] = []
+        try:
+            bench.run(data, steps)
+        except Exception as e:
+            return {"found": describe(e)}
+        return {"steps": [[s.value, sorted(s.raised.items()), s.sent.hex()] for s in steps]}
+
+    # -- one input
+
+    def _try(self, data: bytes, new: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+        """Run it; what is new joins the corpus and `new`, a finding that was not reported joins `found`."""
+        try:
+            hit = self._run(data)
+            if hit not in self._patterns:
+                if len(self._patterns) >= _PATTERNS_MAX:
+                    self._patterns.clear()
+                self._patterns.add(hit)
+                bits = int.from_bytes(hit, "little") & ~self._seen
+                if bits:
+                    data = self._trimmed(data, bits)
+                    self._bench.reset()
+                    self._bench.run(data)
+                    self._bench.check(data)
+                    self._note()
+                    self._corpus.append(data)
+                    new.append({"input": data.hex(), "blocks": self._indices(bits)})
+                    return
+            if not self._runs % _CHECK_EVERY:
+                self._bench.check(data)
+        except Exception as e:
+            self._bench = self._new_bench()
+            told = describe(e)
+            if told["key"] not in self._known:
+                self._known.add(told["key"])
+                found.append({**told, "input": data.hex()})
+
+    def _trimmed(self, data: bytes, bits: int) -> bytes:
+        """`data` without operations that `bits`, blocks it reaches, do not need."""
+        at = len(data) - RECORD.size
+        while at >= 0:
+            shorter = data[:at] + data[at + RECORD.size :]
+            if shorter and int.from_bytes(self._run(shorter), "little") & bits == bits:
+                data = shorter
+            at -= RECORD.size
+        return data
+
+    def _run(self, data: bytes) -> bytes:
+        """A byte for each block, 1 if `data` reached it."""
+        self._begin(data)
+        self._bench.reset()
+        self._bench.run(data)
+        return self._page.map[: self._blocks]
+
+    def _begin(self, data: bytes) -> None:
+        self._runs += 1
+        self._page.begin(self._runs, data)
+        self._page.map[: self._blocks] = self._zeros
+
+    def _note(self) -> None:
+        """What the blocks in the map are is known from now on."""
+        self._seen |= int.from_bytes(self._page.map[: self._blocks], "little")
+
+    def _new_bench(self) -> Bench:
+        return Bench(self._entry, self._model, self._params)
+
+    def _indices(self, bits: int) -> list[int]:
+        return [i for i, byte in enumerate(bits.to_bytes(self._blocks, "little")) if byte]
