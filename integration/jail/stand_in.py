@@ -161,22 +161,49 @@ class StandIn:
                 event = os.eventfd(0, os.EFD_NONBLOCK)
                 return event, os.dup(event)
 
-    def converse(self, name: str, features: int, requests: list[tuple[bytes | int, ...]]) -> list[bytes]:
-        """What the first queue of a virtio device answers to each request, one interrupt for each."""
+    def converse(
+        self, name: str, features: int, requests: list[tuple[bytes | int, ...]], at: int = 0
+    ) -> list[bytes]:
+        """What queue `at` of a virtio device answers to each request, one interrupt for each."""
         d = self.devices[name]
         driver = PciDriver(Function(d["access"]), self.guest)
         driver.start(features)
-        queue, irq = driver.queues[0], d["kept"]["irq"][1]
+        queue, irq = driver.queues[at], d["kept"]["irq"][at + 1]
         answers = []
         for parts in requests:
             queue.request(*parts)
             queue.interrupts(1)
             if queue.kick_wanted():
-                os.eventfd_write(d["kept"]["kick"][0], 1)
+                os.eventfd_write(d["kept"]["kick"][at], 1)
             assert select.select([irq], [], [], 5)[0], "no interrupt"
             os.eventfd_read(irq)
             answers += [used.data for used in queue.used()]
         return answers
+
+    def fill(self, gpa: int, data: bytes) -> None:
+        self.guest.write(gpa, data)
+
+    def guest_blocks(self) -> int:
+        """How much the host holds for the guest, in blocks of 512 bytes."""
+        return os.fstat(self.guest.fd).st_blocks
+
+    def type(self, name: str, port: int, data: bytes) -> None:
+        os.write(self.devices[name]["kept"]["input"][port], data)
+
+    def shown(self, name: str, port: int) -> bytes:
+        """What a port has printed, of which there must be some."""
+        fd = self.devices[name]["kept"]["output"][port]
+        return os.read(fd, 4096) if select.select([fd], [], [], 5)[0] else b""
+
+    def set(self, name: str, setting: str, value: int) -> None:
+        self.devices[name]["control"].send(wire.Set(setting, value))
+
+    def counters(self, name: str) -> dict[str, int]:
+        channel: Channel = self.devices[name]["control"]
+        channel.send(wire.Stats())
+        answer = channel.recv()
+        assert isinstance(answer, wire.Counters)
+        return dict(zip(answer.items[::2], answer.items[1::2], strict=True))  # type: ignore[arg-type]
 
     def image(self, name: str) -> bytes:
         """What is in the image of a disk."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devproc.devices import virtio_blk as blk
+from devproc.devices import virtio_console as console
 from devproc.devices.virtio_blk import Type
 from devproc.virtio import spec
 
@@ -72,3 +74,41 @@ def test_the_image_of_a_jailed_disk_does_not_grow_beyond_its_limit(supervisor: A
     limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
     assert f"Max file size {IMAGE_SIZE} {IMAGE_SIZE} bytes" in {" ".join(line.split()) for line in limits}
     assert supervisor("stop", "blk") == (os.CLD_EXITED, 0)
+
+
+@pytest.mark.parametrize("features", [V1, V1 | EVERY_RING], ids=["split", "packed"])
+def test_a_jailed_balloon_gives_pages_back_to_the_host(supervisor: Any, features: int) -> None:
+    supervisor("spawn", "virtio-balloon", "balloon", host_id=host_id(supervisor))
+    page, first, count = 4096, (8 << 20) // 4096, 256
+    supervisor("fill", first * page, b"in use" * count * page)
+    before = supervisor("guest_blocks")
+    arrays = [
+        struct.pack("<2I", first, first + 1),
+        struct.pack(f"<{count - 2}I", *range(first + 2, first + count)),
+    ]
+    assert supervisor("converse", "balloon", features, [(a,) for a in arrays]) == [b"", b""]
+    given = (before - supervisor("guest_blocks")) * 512 // page
+    assert count - 50 < given <= count, "less what the rings took meanwhile"
+    supervisor("set", "balloon", "target_mib", 4)
+    counters = supervisor("counters", "balloon")
+    assert counters["inflated_pages"] == 256 and counters["target_mib"] == 4
+    assert supervisor("stop", "balloon") == (os.CLD_EXITED, 0)
+
+
+@pytest.mark.parametrize("features", [V1, V1 | EVERY_RING], ids=["split", "packed"])
+def test_a_jailed_console_has_all_its_ports(supervisor: Any, features: int) -> None:
+    names = b"\0agent"
+    supervisor("spawn", "virtio-console", "con", params=(*MEMORY, names), host_id=host_id(supervisor))
+    features |= console.F_SIZE | console.F_MULTIPORT
+    messages = [(0, console.DEVICE_READY), (1, console.PORT_READY), (1, console.PORT_OPEN)]
+    said = [(console.CONTROL.pack(id, event, 1),) for id, event in messages]
+    assert supervisor("converse", "con", features, said, console.CONTROL_TX) == [b""] * 3
+    assert supervisor("converse", "con", features, [(b"printed",)], 1) == [b""]
+    assert supervisor("shown", "con", 0) == b"printed"
+    assert supervisor("converse", "con", features, [(b"said",)], 5) == [b""]
+    assert supervisor("shown", "con", 1) == b"said"
+    supervisor("type", "con", 0, b"typed")
+    assert supervisor("converse", "con", features & ~console.F_MULTIPORT, [(64,)]) == [b"typed"]
+    supervisor("set", "con", "size", 80 | 24 << 16)
+    assert supervisor("ask_ping", "con") == 7
+    assert supervisor("stop", "con") == (os.CLD_EXITED, 0)
