@@ -22,7 +22,7 @@ from typing import Final
 import msgpack
 
 from devproc import child, wire
-from devproc.catalog import FD_ACCESS, FD_LOG
+from devproc.catalog import CATALOG, FD_ACCESS, FD_LOG
 from devproc.channel import Channel
 from supervisor import cli, proxy
 
@@ -31,6 +31,7 @@ TIMEOUT_S: Final = "2"
 FLOOD: Final = 20_000  # messages, of TEXT each
 TEXT: Final = "x" * 900
 DONE: Final = "that was all"
+FLOOD_OF_INTERRUPTS: Final = "a flood of interrupts"
 SERVING, ACCESSED = "serving", "accessed"
 
 Act = Callable[[socket.socket, socket.socket], object]
@@ -128,6 +129,13 @@ def with_descriptors(count: int, frame: bytes | wire.Message, *, access_channel:
         sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
 
     return act
+
+
+def interrupt_all(access: socket.socket, control: socket.socket) -> None:
+    """Every interrupt of the virtio-rng device once."""
+    slots = CATALOG["virtio-rng"].slots()
+    for fd in (*range(slots["FD_IRQ_FIRST"], slots["FD_IRQ_LAST"] + 1), slots["FD_INTX"]):
+        os.eventfd_write(fd, 1)
 
 
 def call(what: Callable[[], object]) -> Act:
@@ -325,6 +333,9 @@ ATTACKS: Final[dict[str, Attack]] = {
     "a flood of messages": _harmless(flood(on_control(wire.Log(30, TEXT)))),
     "a flood of log lines": _harmless(flood(say(TEXT))),
     "a log line without end": _harmless(flood(lambda access, control: os.write(FD_LOG, TEXT.encode()))),
+    FLOOD_OF_INTERRUPTS: Attack(
+        ACCESSED, in_turn(on_access(wire.Value(0)), repeat(FLOOD // 4, interrupt_all)), None, "rng", "remote"
+    ),
     "descriptors on the control channel": _harmless(
         repeat(100, with_descriptors(50, wire.Log(10, ""))), *_UNJAILED
     ),
@@ -346,7 +357,9 @@ def _arm(attack: Attack) -> None:
 
     def serve_accesses(server: child.Server) -> None:
         message = wire.decode(server._access.recv(wire.ACCESS_FRAME_MAX + 1))
-        if isinstance(message, wire.Write) and message.posted:
+        if isinstance(message, wire.Write) and (message.posted or attack.line is None):
+            if not message.posted:  # where its BAR is, which the supervisor says before the guest runs
+                server._access.send(wire.DONE_FRAME)
             return
         if attack.line is not None:
             strike(server._access, server._control.sock)
@@ -375,10 +388,10 @@ def main() -> None:
     attack = ATTACKS[sys.argv[1]]
     main_of_devices = child.main
 
-    def main_of_a_device(ctx: object, model: object, name: str, params: object) -> None:
+    def main_of_a_device(ctx: object, model: object, name: str) -> None:
         if name == attack.victim:
             _arm(attack)
-        main_of_devices(ctx, model, name, params)  # type: ignore[arg-type]
+        main_of_devices(ctx, model, name)  # type: ignore[arg-type]
 
     child.main = main_of_a_device  # type: ignore[assignment]
     proxy._READY_WITHIN_S = READY_WITHIN_S  # type: ignore[misc]

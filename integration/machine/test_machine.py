@@ -31,6 +31,7 @@ DEVICES = (
     "acpi-pm",
     "pvpanic",
     "pci-host",
+    "rng",
 )
 
 
