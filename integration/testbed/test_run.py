@@ -80,11 +80,20 @@ def _qemu_of(run_pid: int) -> int:
     return qemu
 
 
+def _heed_interrupts() -> None:
+    """A shell starts a job in the background with SIGINT ignored, and we may be in one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("end", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130)]
 )
 def test_no_qemu_outlives_a_run(end: signal.Signals, status: int) -> None:
-    process = subprocess.Popen([RUN, "--", "sh", "-c", "echo begun; exec sleep 1000"], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [RUN, "--", "sh", "-c", "echo begun; exec sleep 1000"],
+        stdout=subprocess.PIPE,
+        preexec_fn=_heed_interrupts,  # noqa: PLW1509  no threads here
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == b"begun\n"
     qemu = os.pidfd_open(_qemu_of(process.pid))
