@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 from kvmcore.errors import EXIT_CRASH, EXIT_USAGE, ConfigError, VmsupError
 from policies.errors import PolicyError
-from supervisor import config
+from supervisor import config, fuzzoptions
 
 _EPILOG = """\
 exit codes: 0 the guest powered off, or the user stopped it; 32 the guest reset; 33 a device or vmsup
@@ -188,6 +188,15 @@ def _arguments() -> argparse.ArgumentParser:
     )
     policy.add_parser("disasm", help="a compiled program as text").add_argument("file", metavar="FILE")
 
+    fuzz = verbs.add_parser(
+        "fuzz",
+        help="fuzz a device in its jail",
+        epilog=fuzzoptions.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    fuzzoptions.arguments(fuzz)
+
     jail = verbs.add_parser("jail", help="what confines a device").add_subparsers(dest="what", required=True)
     jail.add_parser("plan", help="every layer, before anything runs").add_argument("name", metavar="NAME")
     inspect = jail.add_parser("inspect", help="what each process of a running VM really has")
@@ -271,6 +280,13 @@ def complain(
     _write(f"vmsup: {text[:most]}")
 
 
+def _status(line: str) -> None:
+    """What is so for the moment: one line of a terminal that the next one takes the place of."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
+
+
 def _stderr_has_room() -> bool:
     """Whether it takes PIPE_BUF bytes at once: 1000 characters, or 300 of them spelt for JSON."""
     try:
@@ -337,6 +353,12 @@ def _dispatch(args: argparse.Namespace) -> int:
             from supervisor import pages  # noqa: PLC0415
 
             text, code = pages.policy(args, complain)
+            print(text)
+            return code
+        case "fuzz":
+            from supervisor import fuzzcommands  # noqa: PLC0415
+
+            text, code = fuzzcommands.command(args, complain, _status)
             print(text)
             return code
         case "jail":
