@@ -1,0 +1,344 @@
+"""qcow2 images made, checked and compared by QEMU's own tools, and images that nobody would make."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devproc.backends.disk import Disk
+from devproc.backends.qcow2 import Qcow2, Qcow2Error
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("qemu-img") is None, reason="qemu-img (Debian: qemu-utils) is not installed"
+)
+SIZE = 8 << 20
+SECTOR = 512
+MAKES = {
+    "default": "",
+    "v2": "compat=0.10",
+    "small clusters": "cluster_size=4k",
+    "tiny clusters": "cluster_size=1k",
+    "large clusters": "cluster_size=2M",
+    "wide counts": "refcount_bits=64",
+    "narrow counts": "refcount_bits=8",
+    "preallocated": "preallocation=metadata",
+}
+
+
+def qemu_img(*args: str | Path) -> str:
+    done = subprocess.run(["qemu-img", *map(str, args)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{args}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+class Image:
+    """An image, what it should hold, and the backend on it."""
+
+    def __init__(self, path: Path, expected: bytes, backing: Disk | None = None, **keys: Any) -> None:
+        self.path = path
+        self.expected = bytearray(expected)
+        self.fd = os.open(path, os.O_RDWR)
+        self.disk = Qcow2(Disk(self.fd), backing, **keys)
+
+    def read(self, offset: int, size: int) -> bytes:
+        data = bytearray(size)
+        cut = size // 3
+        self.disk.read(offset, [memoryview(data)[:cut], memoryview(data)[cut:]])
+        return bytes(data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        cut = len(data) // 3
+        self.disk.write(offset, [memoryview(data)[:cut], memoryview(data)[cut:]])
+        self.expected[offset : offset + len(data)] = data
+
+    def zero(self, offset: int, size: int, unmap: bool) -> None:
+        self.disk.zero(offset, size, unmap=unmap)
+        self.expected[offset : offset + size] = bytes(size)
+
+    def finish(self) -> None:
+        """QEMU finds nothing wrong, nothing leaked, and the same bytes."""
+        assert self.read(0, len(self.expected)) == self.expected
+        self.disk.close()
+        os.close(self.fd)
+        qemu_img("check", "-f", "qcow2", self.path)
+        raw = self.path.with_suffix(".raw")
+        raw.write_bytes(self.expected)
+        assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", self.path, raw)
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    def make(options: str = "", size: int = SIZE, *more: str | Path) -> Path:
+        path = tmp_path / "image.qcow2"
+        qemu_img("create", "-q", "-f", "qcow2", *(["-o", options] if options else []), *more, path, str(size))
+        return path
+
+    yield make
+
+
+def content(seed: int, size: int = SIZE) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def play(image: Image, seed: int, rounds: int = 60) -> None:
+    """Random requests of whole sectors, flushed now and then."""
+    rng = random.Random(seed)
+    size = len(image.expected)
+    for _ in range(rounds):
+        offset = rng.randrange(size // SECTOR) * SECTOR
+        length = min(rng.choice((1, 3, 8, 40, 300, 2000)) * SECTOR, size - offset)
+        match rng.randrange(8):
+            case 0 | 1 | 2:
+                image.write(offset, rng.randbytes(length))
+            case 3:
+                image.zero(offset, length, unmap=True)
+            case 4:
+                image.zero(offset, length, unmap=False)
+            case 5:
+                image.disk.discard(offset, length)
+                image.expected[offset : offset + length] = image.read(offset, length)
+            case 6:
+                image.disk.flush()
+            case _:
+                assert image.read(offset, length) == image.expected[offset : offset + length]
+
+
+@pytest.mark.parametrize("options", MAKES.values(), ids=MAKES)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_written_is_what_qemu_reads(make: Make, options: str, seed: int) -> None:
+    image = Image(make(options), bytes(SIZE))
+    play(image, seed)
+    image.finish()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_image_is_used_again_and_again(make: Make, seed: int) -> None:
+    path, expected = make("cluster_size=4k"), bytes(SIZE)
+    for again in range(4):
+        image = Image(path, expected)
+        play(image, seed + 10 * again)
+        expected = bytes(image.expected)
+        image.finish()
+
+
+def test_what_was_given_back_is_used_again(make: Make) -> None:
+    path = make()
+    image = Image(path, bytes(SIZE))
+    for n in range(12):
+        image.write(0, content(n))
+        image.disk.flush()
+        image.zero(0, SIZE, unmap=True)
+        image.disk.flush()
+    assert path.stat().st_size < 4 * SIZE
+    assert path.stat().st_blocks * 512 < 2 << 20
+    image.finish()
+
+
+def test_a_reopened_image_uses_the_holes_of_the_last_time(make: Make) -> None:
+    path, expected = make(), bytes(SIZE)
+    for n in range(6):
+        image = Image(path, expected)
+        image.write(0, content(n))
+        image.zero(0, SIZE, unmap=True)
+        image.finish()
+    assert path.stat().st_size < 4 * SIZE
+
+
+@pytest.mark.parametrize("backed", ["raw", "qcow2"])
+@pytest.mark.parametrize("options", ["", "compat=0.10"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_not_in_the_image_is_in_what_it_is_based_on(
+    make: Make, tmp_path: Path, backed: str, options: str, seed: int
+) -> None:
+    base_raw, base = tmp_path / "base.raw", tmp_path / f"base.{backed}"
+    before = content(9, SIZE - 3 * SECTOR)  # and it is shorter
+    base_raw.write_bytes(before)
+    if backed == "qcow2":
+        qemu_img("convert", "-f", "raw", "-O", "qcow2", base_raw, base)
+    path = make(options, SIZE, "-b", base, "-F", backed)
+    with base.open("rb") as file:
+        under = Disk(file.fileno())
+        backing: Any = under if backed == "raw" else Qcow2(under, read_only=True)
+        image = Image(path, before + bytes(3 * SECTOR), backing)
+        play(image, seed)
+        image.finish()
+    assert base_raw.read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_compressed_clusters_are_read_and_written_over(tmp_path: Path, seed: int) -> None:
+    raw, path = tmp_path / "from.raw", tmp_path / "image.qcow2"
+    data = b"".join(bytes([n & 0xFF]) * 3000 + os.urandom(1000) for n in range(SIZE // 4000 + 1))[:SIZE]
+    raw.write_bytes(data)
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", raw, path)
+    image = Image(path, data)
+    assert image.read(0, SIZE) == data
+    play(image, seed)
+    image.finish()
+
+
+def test_a_snapshot_keeps_what_was_there(make: Make, tmp_path: Path) -> None:
+    path = make()
+    first = Image(path, bytes(SIZE))
+    first.write(0, content(1, SIZE // 2))
+    before = bytes(first.expected)
+    first.finish()
+    qemu_img("snapshot", "-c", "then", path)
+    image = Image(path, before)
+    play(image, 5)
+    image.finish()
+    then = tmp_path / "then.raw"
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", "-l", "then", path, then)
+    assert then.read_bytes() == before
+
+
+def test_a_disk_of_an_odd_size(make: Make) -> None:
+    size = SIZE - 7 * SECTOR
+    image = Image(make("", size), bytes(size))
+    image.write(size - SECTOR, content(1, SECTOR))
+    image.zero(size - 5 * SECTOR, 2 * SECTOR, unmap=True)
+    play(image, 3)
+    image.finish()
+
+
+def test_a_read_only_image_is_not_written(make: Make) -> None:
+    path = make()
+    before = path.read_bytes()
+    image = Image(path, bytes(SIZE), read_only=True)
+    for act in (
+        lambda: image.disk.write(0, [memoryview(bytes(SECTOR))]),
+        lambda: image.disk.discard(0, SIZE),
+        lambda: image.disk.zero(0, SIZE, unmap=True),
+    ):
+        with pytest.raises(OSError):
+            act()
+    image.disk.flush()
+    image.disk.close()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_death_of_the_process_leaves_no_damage(make: Make, seed: int) -> None:
+    """Leaks are allowed (exit code 3), corruption is not (2)."""
+    path = make("cluster_size=4k")
+    image = Image(path, bytes(SIZE))
+    play(image, seed)
+    assert image.read(0, SIZE) == image.expected
+    os.close(image.fd)  # and nothing else: not closed, not flushed
+    done = subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], capture_output=True, check=False)
+    assert done.returncode in (0, 3), done.stdout
+    qemu_img("check", "-q", "-f", "qcow2", "-r", "leaks", path)
+    Image(path, image.expected).finish()
+
+
+def test_a_full_host_is_an_error_and_no_damage(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make()
+    image = Image(path, bytes(SIZE))
+    image.write(0, content(1, 65536 * 3))
+    expected = bytes(image.expected)
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", full)
+        with pytest.raises(OSError):
+            image.write(65536 * 8, content(2, 65536))
+    image.expected[:] = expected
+    image.finish()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("extended_l2=on", "features that are not here"),
+        ("compression_type=zstd", "features that are not here"),
+        ("refcount_bits=1", "reference counts of 1 bits"),
+        ("encryption=on", "no image"),
+    ],
+)
+def test_what_is_not_here_is_refused_in_one_line(make: Make, options: str, why: str) -> None:
+    try:
+        path = make(options)
+    except AssertionError:
+        pytest.skip(f"this qemu-img cannot make {options}")
+    with pytest.raises(Qcow2Error, match=why):
+        Image(path, b"")
+
+
+def test_a_disk_too_large_for_its_refcount_table_is_read_only(make: Make) -> None:
+    path = make("cluster_size=512", 1 << 30)
+    with pytest.raises(Qcow2Error, match="refcount table too small"):
+        Image(path, b"")
+    assert Image(path, b"", read_only=True).read(1 << 29, SECTOR) == bytes(SECTOR)
+
+
+class Bounded(Disk):
+    """A file that may not become longer than an honest image would."""
+
+    def extend(self, length: int) -> None:
+        assert length <= 6 * SIZE
+        super().extend(length)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_no_image_makes_it_raise_anything_but_its_errors(make: Make, seed: int) -> None:
+    """Threats 1 to 4: random damage to the metadata, then random requests."""
+    rng = random.Random(seed)
+    path = make(rng.choice(("cluster_size=4k", "cluster_size=512", "compat=0.10,cluster_size=4k")), 1 << 20)
+    image = Image(path, bytes(1 << 20))
+    play(image, seed, 15)
+    image.disk.close()
+    os.close(image.fd)
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.choice((1, 3, 30))):
+        start, stop = rng.choice(((0, 112), (0, 112), (0, len(data)), (512, min(len(data), 40960))))
+        at = rng.randrange(start, stop) & ~7
+        data[at : at + 8] = rng.choice((
+            rng.randbytes(8),
+            b"\0" * 8,
+            b"\xff" * 8,
+            rng.randrange(1 << 24).to_bytes(8, "big"),
+            (1 << 63 | rng.randrange(1 << 11) << 9).to_bytes(8, "big"),
+            (1 << 62 | rng.randrange(1 << 20)).to_bytes(8, "big"),
+            data[at : at + 4] + rng.randbytes(4),
+        ))  # fmt: skip
+    path.write_bytes(data)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        disk = Qcow2(Bounded(fd))
+    except Qcow2Error:
+        os.close(fd)
+        return
+    size = min(disk.size, 1 << 20)
+    for _ in range(60):
+        if not size:
+            break
+        offset = rng.randrange(size // SECTOR) * SECTOR
+        length = min(rng.choice((1, 8, 300)) * SECTOR, size - offset)
+        try:
+            match rng.randrange(5):
+                case 0:
+                    disk.write(offset, [memoryview(bytes(length))])
+                case 1:
+                    disk.zero(offset, length, unmap=bool(rng.randrange(2)))
+                case 2:
+                    disk.discard(offset, length)
+                case 3:
+                    disk.flush()
+                case _:
+                    disk.read(offset, [memoryview(bytearray(length))])
+        except OSError as e:
+            assert e.errno in (errno.EIO, errno.ENOSPC), e
+    os.close(fd)
