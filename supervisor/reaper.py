@@ -60,6 +60,17 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def cause(info: os.waitid_result) -> str:
+    """What became of a child, as a phrase."""
+    match info.si_code:
+        case os.CLD_EXITED:
+            return f"exited with status {info.si_status}"
+        case os.CLD_STOPPED:
+            return f"stopped by {_signal_name(info.si_status)}"
+        case _:
+            return f"killed by {_signal_name(info.si_status)}"
+
+
 def collect(options: int = os.WNOHANG) -> Fate | None:
     """The next child that ended or was stopped; None when there is none now (or no child at all)."""
     try:
@@ -68,10 +79,4 @@ def collect(options: int = os.WNOHANG) -> Fate | None:
         return None
     if info is None:
         return None
-    match info.si_code:
-        case os.CLD_EXITED:
-            return Fate(info.si_pid, True, f"exited with status {info.si_status}")
-        case os.CLD_STOPPED:
-            return Fate(info.si_pid, False, f"stopped by {_signal_name(info.si_status)}")
-        case _:
-            return Fate(info.si_pid, True, f"killed by {_signal_name(info.si_status)}")
+    return Fate(info.si_pid, info.si_code != os.CLD_STOPPED, cause(info))

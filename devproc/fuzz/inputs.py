@@ -26,7 +26,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from devproc.catalog import CATALOG, Entry
-from devproc.wire import SIZES, Space
+from devproc.wire import SIZES, Scalar, Space
 
 RECORD: Final = Struct("<BBBBIQ")
 RECORDS_MAX: Final = 512  # of an input for fuzzing; a recording is as long as it is
@@ -83,7 +83,7 @@ class Rep:
 
     device: str
     data: bytes
-    params: tuple[int, ...] = ()
+    params: tuple[Scalar, ...] = ()
     clock_ns: int = CLOCK_START_NS
     wall_ns: int = WALL_START_NS
 
@@ -115,9 +115,9 @@ def signals(entry: Entry) -> list[str]:
     ]
 
 
-def default_params(entry: Entry) -> tuple[int, ...]:
+def default_params(entry: Entry) -> tuple[Scalar, ...]:
     """The values that a device is fuzzed with."""
-    return tuple(PARAMS.get(p.name, p.low) for p in entry.params)
+    return tuple(bytes(p.low) if p.type is bytes else PARAMS.get(p.name, p.low) for p in entry.params)
 
 
 def canonical(entry: Entry, data: bytes, *, recorded: bool = False) -> bytes:
@@ -183,9 +183,10 @@ def to_text(rep: Rep) -> str:
         KeyError: there is no such device.
     """
     entry = CATALOG[rep.device]
-    head = {"clock": rep.clock_ns, "wall": rep.wall_ns}
-    head |= dict(zip((p.name for p in entry.params), rep.params, strict=True))
-    lines = [f"vmrep 1 {rep.device} " + " ".join(f"{k}={v}" for k, v in head.items())]
+    head = [f"clock={rep.clock_ns}", f"wall={rep.wall_ns}"]
+    for p, v in zip(entry.params, rep.params, strict=True):
+        head.append(f"{p.name}={f'x{v.hex()}' if isinstance(v, bytes) else v}")
+    lines = [" ".join(["vmrep 1", rep.device, *head])]
     pending = b""
     names = signals(entry)
     for r in records(rep.data):
@@ -249,10 +250,13 @@ def _header(words: list[str]) -> tuple[Rep, Entry]:
     expected = ["clock", "wall", *(p.name for p in entry.params)]
     if list(values) != expected:
         raise InputError(f"expected exactly the values {', '.join(expected)}")
-    clock, wall, *params = (int(v) for v in values.values())
-    for p, v in zip(entry.params, params, strict=True):
-        if not p.low <= v <= p.high:
-            raise InputError(f"{p.name} must lie in [{p.low}, {p.high}]")
+    clock, wall, *params = (bytes.fromhex(v[1:]) if v[:1] == "x" else int(v) for v in values.values())
+    if not isinstance(clock, int) or not isinstance(wall, int):
+        raise InputError("expected clock=NS wall=NS")
+    try:
+        entry.check_params(tuple(params))
+    except ValueError as e:
+        raise InputError(str(e)) from None
     return Rep(entry.name, b"", tuple(params), clock, wall), entry
 
 

@@ -31,11 +31,15 @@ VIRTIO_MODULES: Final = tuple(f"devproc.virtio.{m}" for m in ("device", "chain",
 
 @dataclass(frozen=True)
 class Block:
-    """Where a block begins; `taken` is false for the way past an `if` that has no `else`."""
+    """The lines of a block, which those of later blocks inside it are not part of.
+
+    `taken` is false for the way past an `if` that has no `else`, which has the line of the `if`.
+    """
 
     module: str
     function: str
     line: int
+    end: int
     taken: bool = True
 
     def __str__(self) -> str:
@@ -146,7 +150,8 @@ class _Marker(ast.NodeTransformer):
 
     def _mark(self, body: list[ast.stmt], line: int, taken: bool = True) -> None:
         """Begin `body` with the store of a new block."""
-        self._found.append(Block(self._module, ".".join(self._where), line, taken))
+        end = (body[-1].end_lineno or line) if body else line
+        self._found.append(Block(self._module, ".".join(self._where), line, end, taken))
         store = ast.Assign(
             targets=[
                 ast.Subscript(

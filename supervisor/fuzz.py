@@ -1,0 +1,511 @@
+"""`vmsup fuzz DEVICE`: a campaign of device processes that fuzz themselves, and what comes of it.
+
+The executors (devproc/fuzz/executor.py) make and run the inputs; here is who starts them, watches them, hands
+what one has found to the others, keeps corpus and findings on disk, and rehearses a sample behind the real
+wire.  One thread: it sleeps while they work.  What a device process says is not believed further than it can
+be checked: a finding counts when another process shows it again.
+
+Exit codes are libFuzzer's: 0 nothing found, 77 a finding, 70 inputs that take too long and nothing worse, 71
+inputs that take too much memory and nothing worse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from devproc import jail, zygote
+from devproc.catalog import CATALOG, Entry
+from devproc.channel import ChannelClosed
+from devproc.fuzz import instrument
+from devproc.fuzz.inputs import InputError, Rep, canonical, default_params, parse
+from devproc.fuzz.page import INPUT_MAX
+from devproc.wire import PeerError, Ping, Pong, Scalar
+from kvmcore.errors import ConfigError
+from supervisor.findings import FOUND, Finding, Findings
+from supervisor.fuzzoptions import HANG_S
+from supervisor.rehearse import Rehearsal
+from supervisor.subject import Died, Subject
+
+EXIT_FINDING: Final = FOUND["crash"]
+SLOW: Final = 10  # how much longer an input may take when it is run by itself
+_LOST_S: Final = 60.0  # a process that uses no CPU time and does not answer
+_BATCH_S: Final = 0.25  # how long a request should take
+_LOOK_S: Final = 0.01  # how often the watch looks
+_INPUTS_PER_REQUEST: Final = 128
+_STATUS_S: Final = 0.5
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user asked for.
+
+    Attributes:
+        corpus: directory of inputs to start from and to add to; None keeps nothing.
+        crashes: directory of what was found.
+        time_s, runs: when to end; None for both: at Ctrl-C.
+        words: a dictionary: numbers, and texts.
+        timeout_s: CPU time that an input may take.
+        compare: whether to rehearse a sample behind the real wire.
+        params: the device's parameters [those of `inputs.default_params`].
+    """
+
+    device: str
+    corpus: Path | None = None
+    crashes: Path = Path("crashes")
+    time_s: float | None = None
+    runs: int | None = None
+    workers: int = 1
+    seed: int = 1
+    words: tuple[int | bytes, ...] = ()
+    mode: jail.Mode = jail.Mode.FULL
+    timeout_s: float = HANG_S
+    compare: bool = True
+    params: tuple[Scalar, ...] | None = None
+
+
+@dataclass
+class Result:
+    """What a campaign came to; `covered` are numbers of `blocks`."""
+
+    device: str
+    runs: int = 0
+    seconds: float = 0.0
+    corpus: dict[str, bytes] = field(default_factory=dict)
+    covered: set[int] = field(default_factory=set)
+    blocks: list[instrument.Block] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    compared: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """libFuzzer's, by the worst finding."""
+        return next((code for sort, code in FOUND.items() if any(f.sort == sort for f in self.findings)), 0)
+
+    def line(self) -> str:
+        """One line for the user."""
+        rate = self.runs / self.seconds if self.seconds else 0
+        hangs = sum(f.sort == "timeout" for f in self.findings)
+        return (
+            f"{self.runs:,} runs, {rate:,.0f}/s, corpus {len(self.corpus)}, "
+            f"blocks {len(self.covered)}/{len(self.blocks)}, compared {self.compared}, "
+            f"findings {len(self.findings) - hangs}, hangs {hangs}"
+        )
+
+
+def lookup(device: str) -> Entry:
+    """The catalogue's entry.
+
+    Raises:
+        ConfigError: there is none, or it cannot be fuzzed.
+    """
+    if device not in CATALOG:
+        raise ConfigError(f"device {device!r} is unknown, expected one of {', '.join(CATALOG)}")
+    return CATALOG[device]
+
+
+def read_input(entry: Entry, path: Path) -> Rep:
+    """The input in a file, as text or as bytes, which may be any.
+
+    Raises:
+        ConfigError: it cannot be read, or is the text of another device, or no text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}") from None
+    if data.startswith(b"vmrep "):
+        try:
+            rep = parse(data.decode())
+        except (InputError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path}: {e}") from None
+        if rep.device != entry.name:
+            raise ConfigError(f"{path}: an input for {rep.device}, not {entry.name}")
+        return rep
+    return Rep(entry.name, canonical(entry, data[:INPUT_MAX]), default_params(entry))
+
+
+def read_corpus(entry: Entry, where: Path) -> dict[str, bytes]:
+    """The inputs in a directory, by name; any fuzzer's corpus will do.  Raises ConfigError."""
+    found = {}
+    try:
+        paths = sorted(p for p in where.iterdir() if p.is_file()) if where.exists() else []
+    except OSError as e:
+        raise ConfigError(f"{where}: {e.strerror}") from None
+    for path in paths:
+        data = canonical(entry, read_input(entry, path).data)
+        if data:
+            found[name_of(data)] = data
+    return found
+
+
+def name_of(data: bytes) -> str:
+    """The name of an input in a corpus, as libFuzzer would name it."""
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+def read_dictionary(path: Path) -> tuple[int | bytes, ...]:
+    """The words of a dictionary as AFL and libFuzzer read it, `name="text\\xff"` in each line.
+
+    A word of up to 8 bytes is a number as well.
+
+    Raises:
+        ConfigError: it cannot be read, or a line is none of it.
+    """
+    words: list[int | bytes] = []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: {e}") from None
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        first, last = text.find('"'), text.rfind('"')
+        try:
+            if not 0 <= first < last:
+                raise ValueError
+            word = text[first + 1 : last].encode("latin-1").decode("unicode_escape").encode("latin-1")
+        except ValueError:
+            raise ConfigError(f'{path}: line {number}: expected: name="text"') from None
+        words.append(word)
+        if 0 < len(word) <= 8:
+            words.append(int.from_bytes(word, "little"))
+    return tuple(words)
+
+
+class Worker:
+    """An executor and the one request it is about; it is started again when it dies.
+
+    Attributes:
+        backlog: inputs it has not been told of.
+        lives: how many processes there have been.
+    """
+
+    def __init__(
+        self,
+        nursery: zygote.Zygote,
+        entry: Entry,
+        params: tuple[Scalar, ...],
+        plan: Plan,
+        number: int,
+        patience: int,
+    ) -> None:
+        self._make: Callable[[], Subject] = functools.partial(
+            Subject, nursery, entry, plan.mode, params, number
+        )
+        self._hang_s = plan.timeout_s * patience
+        self.lives = 1
+        self.number = number
+        self.subject = self._make()
+        self.busy = False
+        self.backlog: list[bytes] = []
+        self._token = 0
+        self._number = self._cpu_ns = 0
+        self._moved_s = 0.0
+
+    def ask(self, request: dict[str, Any]) -> None:
+        """Begin a request.  Raises Died."""
+        self.subject.page.ask(request)
+        self._token = (self._token + 1) & 0xFFFFFFFF
+        self.busy = True
+        self._number, self._cpu_ns, self._moved_s = -1, 0, time.monotonic()
+        try:
+            self.subject.control.send(Ping(self._token))
+        except ChannelClosed:
+            raise self.subject.autopsy() from None
+
+    def answer(self) -> dict[str, Any]:
+        """The answer that has come.  Raises Died, also for a process that breaks the protocol."""
+        try:
+            message = self.subject.control.recv()
+            if message != Pong(self._token):
+                raise PeerError(f"{message!r:.200} instead of Pong")
+            answer = self.subject.page.answer()
+        except (ChannelClosed, TimeoutError):
+            raise self.subject.autopsy() from None
+        except PeerError as e:
+            raise Died("died", f"broke the protocol: {e}") from None
+        self.busy = False
+        return answer
+
+    def watch(self) -> None:
+        """Look whether it goes on.  Raises Died."""
+        number, _ = self.subject.page.current()
+        cpu_ns, now_s = self.subject.cpu_ns(), time.monotonic()
+        if number != self._number:
+            self._number, self._cpu_ns, self._moved_s = number, cpu_ns, now_s
+        elif cpu_ns - self._cpu_ns > self._hang_s * 1e9 or now_s - self._moved_s > _LOST_S:
+            raise self.subject.hang(self._hang_s)
+
+    def do(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A request and its answer.  Raises Died."""
+        self.ask(request)
+        while not self.wait(_LOOK_S):
+            self.watch()
+        return self.answer()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether an answer, or the news of its death, has come."""
+        return bool(select.select(self.subject.waiting, [], [], seconds)[0])
+
+    def again(self) -> bytes:
+        """Start another process; returns the input that the last one was about."""
+        _, data = self.subject.page.current()
+        self.subject.close()
+        self.busy = False
+        self.lives += 1
+        self.subject = self._make()
+        return data
+
+    def close(self) -> None:
+        self.subject.close()
+
+
+class Campaign:
+    """Everything that `vmsup fuzz` has in its hands; use it with `with`.
+
+    Args:
+        say: takes a line that the user should keep.
+
+    Raises:
+        ConfigError: the device or the corpus cannot be used.
+        VmsupError: a process could not be started.
+    """
+
+    def __init__(self, plan: Plan, say: Say) -> None:
+        self.plan = plan
+        self.entry = lookup(plan.device)
+        self.result = Result(plan.device)
+        self._say = say
+        self._undo = contextlib.ExitStack()
+        self._stop = False
+        self.params = default_params(self.entry) if plan.params is None else plan.params
+        try:
+            self.result.blocks = instrument.blocks(self.entry)
+            self._seeds = list((read_corpus(self.entry, plan.corpus) if plan.corpus else {}).values())
+            jail.adopt_orphans()
+            self._undo.callback(jail.adopt_orphans, False)
+            self._executors = self._zygote("devproc.fuzz.executor")
+            self._rehearsal = None
+            if plan.compare:
+                self._rehearsal = Rehearsal(
+                    self._zygote("devproc.fuzz.rehearsal"), self.entry, plan.mode, plan.workers + 1
+                )
+                self._undo.callback(self._rehearsal.close)
+            self.judge = self._worker(plan.workers, SLOW)
+            self._findings = Findings(self.entry, self.params, plan.crashes, self.verdicts, plan.mode)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def _zygote(self, program: str) -> zygote.Zygote:
+        nursery = zygote.start([self.entry.name], program=program)
+        self._undo.callback(os.waitpid, nursery.pid, 0)
+        self._undo.callback(nursery.close)
+        return nursery
+
+    def _worker(self, number: int, patience: int = 1) -> Worker:
+        worker = Worker(self._executors, self.entry, self.params, self.plan, number, patience)
+        self._undo.callback(worker.close)
+        return worker
+
+    def __enter__(self) -> Campaign:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    # -- fuzzing
+
+    def run(self, status: Say) -> Result:
+        """Until the plan's end, or Ctrl-C; `status` is called now and then with a line for the moment."""
+        plan, result = self.plan, self.result
+        workers = [self._worker(number) for number in range(plan.workers)]
+        for worker in workers:
+            worker.backlog = list(self._seeds)
+        began_s = time.monotonic()
+        shown_s = 0.0
+        counts = dict.fromkeys(range(plan.workers), 200)
+        asked_s = dict.fromkeys(range(plan.workers), 0.0)
+        with self._interruptible():
+            while True:
+                now_s = time.monotonic()
+                result.seconds = now_s - began_s
+                over = (
+                    self._stop
+                    or (plan.time_s is not None and result.seconds >= plan.time_s)
+                    or (plan.runs is not None and result.runs >= plan.runs)
+                )
+                if over and not any(w.busy for w in workers):
+                    break
+                for w in workers:
+                    try:
+                        if not w.busy and not over:
+                            left = counts[w.number]
+                            if plan.runs is not None:
+                                left = min(left, max(1, (plan.runs - result.runs) // plan.workers))
+                            asked_s[w.number] = now_s
+                            w.ask(self._request(w, left))
+                        elif w.busy and w.wait(0):
+                            answer = w.answer()
+                            took_s = max(time.monotonic() - asked_s[w.number], 0.001)
+                            factor = min(max(_BATCH_S / took_s, 0.5), 2.0)
+                            counts[w.number] = min(max(int(counts[w.number] * factor), 50), 100_000)
+                            self._take(w, workers, answer)
+                        elif w.busy:
+                            w.watch()
+                    except Died as death:
+                        self._bury(w, death)
+                if now_s - shown_s >= _STATUS_S:
+                    shown_s = now_s
+                    status(result.line())
+                busy = [fd for w in workers if w.busy for fd in w.subject.waiting]
+                select.select(busy, [], [], _LOOK_S)
+        result.seconds = time.monotonic() - began_s
+        return result
+
+    def _request(self, worker: Worker, count: int) -> dict[str, Any]:
+        words = self.plan.words
+        inputs, worker.backlog = worker.backlog[:_INPUTS_PER_REQUEST], worker.backlog[_INPUTS_PER_REQUEST:]
+        return {
+            "mode": "mutate",
+            "inputs": [data.hex() for data in inputs],
+            "count": max(count, len(inputs)),
+            # Another for each process, which would otherwise make again what has ended the last one.
+            "seed": (self.plan.seed << 32) + (worker.number << 16) + worker.lives,
+            "numbers": [w for w in words if isinstance(w, int)],
+            "texts": [w.hex() for w in words if isinstance(w, bytes)],
+        }
+
+    def _take(self, worker: Worker, workers: Sequence[Worker], answer: dict[str, Any]) -> None:
+        """An executor's word, believed as far as it can be checked.  Raises Died for nonsense."""
+        result = self.result
+        try:
+            result.covered.update(n for n in answer["covered"] if n in range(len(result.blocks)))
+            result.runs += min(max(int(answer["runs"]), 0), 1_000_000)
+            fresh = []
+            for item in answer["new"]:
+                data = canonical(self.entry, bytes.fromhex(item["input"]))
+                fresh.append(data)
+            found = [canonical(self.entry, bytes.fromhex(item["input"])) for item in answer["found"]]
+            sample = canonical(self.entry, bytes.fromhex(answer["sample"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise Died("died", f"broke the protocol: an answer with a wrong {e!r:.100}") from None
+        for data in fresh:
+            self._keep(data)
+            for other in workers:
+                if other is not worker:
+                    other.backlog.append(data)
+        for data in found:
+            self._report(self._judged(data), data)
+        for data in [*fresh, sample]:
+            self._compare(data)
+
+    def _keep(self, data: bytes) -> None:
+        name = name_of(data)
+        if name in self.result.corpus:
+            return
+        self.result.corpus[name] = data
+        if self.plan.corpus is not None:
+            self.plan.corpus.mkdir(parents=True, exist_ok=True)
+            (self.plan.corpus / name).write_bytes(data)
+
+    def _compare(self, data: bytes) -> None:
+        try:
+            why = self.compare(data) if data else None
+        except Died as death:
+            self._bury(self.judge, death)
+            return
+        if why is not None:
+            self._report(Finding.of("disagree", why), data)
+
+    def _bury(self, worker: Worker, death: Died) -> None:
+        """An executor died of the input in its page."""
+        data = canonical(self.entry, worker.again())
+        if worker.number < self.plan.workers:
+            worker.backlog = list(self.result.corpus.values())
+        if death.kind == "hang":
+            self._report(self._judged(data), data)
+        else:
+            self._report(Finding.of(death.kind, death.why), data)
+
+    def compare(self, data: bytes) -> str | None:
+        """How the device behind the real wire differs from the bench, in a line; None: it does not."""
+        if self._rehearsal is None:
+            return None
+        answer = self.judge.do({"mode": "trace", "input": data.hex(), **_START})
+        if "steps" not in answer:
+            return None  # an oracle's finding, which is reported as such
+        self.result.compared += 1
+        return self._rehearsal.differs(Rep(self.entry.name, data, self.params), answer["steps"])
+
+    def _report(self, finding: Finding | None, data: bytes) -> None:
+        if finding is None or any(f.key == finding.key for f in self.result.findings):
+            return
+        kept = self._findings.keep(finding, data)
+        if not any(f.key == kept.key for f in self.result.findings):
+            self.result.findings.append(kept)
+            self._say(f"{kept.name}: {kept.why} ({self.plan.crashes / kept.name})")
+
+    # -- judging
+
+    def blocks_of(self, inputs: Sequence[bytes]) -> list[set[int]]:
+        """The blocks that each input reaches, none for one that shows a finding.  Raises Died."""
+        found: list[set[int]] = []
+        for start in range(0, len(inputs), _INPUTS_PER_REQUEST):
+            batch = [data.hex() for data in inputs[start : start + _INPUTS_PER_REQUEST]]
+            answer = self.judge.do({"mode": "exact", "inputs": batch})
+            known = range(len(self.result.blocks))
+            for blocks, finding in zip(answer["blocks"], answer["found"], strict=True):
+                found.append({n for n in blocks if n in known} if finding is None else set())
+        return found
+
+    def _judged(self, data: bytes) -> Finding | None:
+        """What a process of its own finds in an input, with ten times as long."""
+        return self.verdicts([data])[0]
+
+    def verdicts(self, inputs: Sequence[bytes]) -> list[Finding | None]:
+        """What is wrong with each input, as a fresh process finds it."""
+        found: list[Finding | None] = []
+        for start in range(0, len(inputs), _INPUTS_PER_REQUEST):
+            batch = inputs[start : start + _INPUTS_PER_REQUEST]
+            try:
+                answer = self.judge.do({"mode": "exact", "inputs": [data.hex() for data in batch]})
+                found += [Finding.told(item) for item in answer["found"]]
+            except Died as death:
+                self.judge.again()
+                if len(batch) == 1:
+                    found.append(Finding.of(death.kind, death.why))
+                else:  # which of them it was is found out one by one
+                    found += [verdict for data in batch for verdict in self.verdicts([data])]
+        return found
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C ends the campaign in order, the second at once."""
+
+        def stop(*_: object) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+_START: Final = {"clock": Rep("", b"").clock_ns, "wall": Rep("", b"").wall_ns}

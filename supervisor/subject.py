@@ -1,0 +1,200 @@
+"""One device process that is fuzzed or rehearsed, in its jail, with the host's end of whatever it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from typing import Final, Self
+
+from devproc import jail, violations, wire, zygote
+from devproc.catalog import Entry
+from devproc.channel import Channel, ChannelClosed
+from devproc.fuzz import page
+from devproc.wire import ACCESS_TABLE, PeerError, Sender
+from kvmcore.errors import VmsupError
+from policies.syscalls import NAMES
+from supervisor.reaper import cause
+from supervisor.spawn import host_id
+
+_READY_WITHIN_S: Final = 30.0
+_CPU_CLOCK: Final = 2  # CPUCLOCK_SCHED of a whole process (include/linux/posix-timers.h)
+
+
+class Died(Exception):
+    """The process is gone, or was ended because it cannot go on.
+
+    `kind` is "violation", "died" or "hang"; `why` one line.
+    """
+
+    def __init__(self, kind: str, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
+        self.why = why
+
+
+class Subject:
+    """A device process.
+
+    Args:
+        nursery: a zygote of one of the programs in devproc/fuzz.
+        entry: the kind of device.
+        params: the values of its parameters.
+        number: which host uid it gets as root; unlike those of others that live.
+        clocks: what the clocks of a rehearsal show at first, monotonic and wall, in nanoseconds.
+
+    Attributes:
+        page: what it shares with us.
+        access: the supervisor's end of the access channel, for a rehearsal.
+        signals: our eventfds, in the order of `inputs.signals`.
+        typed, shown: the pipes of its input and its output, ours to write and to read; -1 without.
+
+    Raises:
+        VmsupError: it did not start.
+    """
+
+    def __init__(
+        self,
+        nursery: zygote.Zygote,
+        entry: Entry,
+        mode: jail.Mode,
+        params: tuple[wire.Scalar, ...],
+        number: int,
+        clocks: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._undo = contextlib.ExitStack()
+        self._listener: int | None = None
+        self.pid = 0
+        self.signals: list[int] = []
+        self.typed = self.shown = -1
+        try:
+            self._start(nursery, entry, mode, params, number, clocks)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(
+        self,
+        nursery: zygote.Zygote,
+        entry: Entry,
+        mode: jail.Mode,
+        params: tuple[wire.Scalar, ...],
+        number: int,
+        clocks: tuple[int, int],
+    ) -> None:
+        undo = self._undo
+        access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (access, its_access, control, its_control):
+            undo.callback(sock.close)
+        self._log, its_log = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        undo.callback(os.close, self._log)
+        fds = [its_log, its_access.fileno(), its_control.fileno()]
+        theirs = [its_log]
+        for d, numbers in entry.own_slots():
+            for _ in numbers:
+                fds.append(self._descriptor(d.kind, theirs))
+        memfd = page.create()
+        theirs.append(memfd)
+        self.page = page.Page(memfd)
+        self.page.set_clocks(*clocks)
+        undo.callback(self.page.close)
+        try:
+            self.pid = nursery.spawn(
+                entry.name, f"fuzz {entry.name}"[: wire.NAME_MAX], [*fds, memfd],
+                host_id=host_id(number), mode=mode, params=params,
+            )  # fmt: skip
+        except zygote.SpawnError as e:
+            raise VmsupError(str(e)) from None
+        finally:
+            for fd in theirs:
+                os.close(fd)
+            its_access.close()
+            its_control.close()
+        self.access = Channel(access, ACCESS_TABLE, "idle", Sender.SUPERVISOR, Sender.DEVICE)
+        self.control = zygote.control_channel(control)
+        control.settimeout(_READY_WITHIN_S)
+        access.settimeout(_READY_WITHIN_S)
+        try:
+            self._listener = zygote.await_ready(self.control, entry.name, mode).listener
+        except (zygote.SpawnError, PeerError, ChannelClosed, TimeoutError) as e:
+            raise VmsupError(f"{entry.name}: {e or 'died before it was ready'}") from None
+
+    def _descriptor(self, kind: str, theirs: list[int]) -> int:
+        """What the process is handed for one of its entry's descriptors."""
+        if kind == "signal":
+            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self.signals.append(fd)
+            self._undo.callback(os.close, fd)
+            return fd
+        if kind not in ("input", "output"):
+            raise VmsupError(f"cannot fuzz a device with a {kind} descriptor yet")
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        ours, its = (writer, reader) if kind == "input" else (reader, writer)
+        if kind == "input":
+            self.typed = ours
+        else:
+            self.shown = ours
+        self._undo.callback(os.close, ours)
+        theirs.append(its)
+        return its
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def waiting(self) -> list[int]:
+        """Descriptors of which one is readable when it has answered, has died, or does what it may not."""
+        listener = [] if self._listener is None else [self._listener]
+        return [self.control.fileno(), *listener]
+
+    def cpu_ns(self) -> int:
+        """CPU time that the process has used; a busy machine does not make it slower by this clock."""
+        try:
+            return time.clock_gettime_ns((~self.pid << 3) | _CPU_CLOCK)
+        except OSError:  # it is gone
+            return 0
+
+    def hang(self, after_s: float) -> Died:
+        """End the process, which has run one input for so much of its own time."""
+        self._kill()
+        return Died("hang", f"an input takes more than {after_s:g} s")
+
+    def autopsy(self) -> Died:
+        """Why it does not answer any more; it is dead afterwards."""
+        violation = None
+        listener = self._listener
+        if listener is not None and select.select([listener], [], [], 0.05)[0]:
+            violation = violations.read_violation(listener)
+        ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        self._kill()
+        if violation is not None:
+            name = NAMES.get(violation.nr, "unknown")
+            args = ", ".join(f"{a:#x}" for a in violation.args)
+            return Died("violation", f"system call {violation.nr} {name}({args}), which its policy forbids")
+        with contextlib.suppress(OSError):
+            text = os.read(self._log, 65536).decode(errors="replace").strip()
+            if text:
+                return Died("died", text.splitlines()[-1])
+        return Died("died", "ended" if ended is None else cause(ended))
+
+    def _kill(self) -> None:
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+    def close(self) -> None:
+        """End the process and give back what is ours; again is harmless."""
+        self._kill()
+        if self._listener is not None:
+            os.close(self._listener)
+            self._listener = None
+        self._undo.close()
