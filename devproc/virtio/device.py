@@ -371,7 +371,6 @@ class VirtioDevice(Model):
     def on_kick(self, index: int) -> None:
         """The driver has notified the queue."""
         if self.active and self.queues[index] is not None:
-            self._due.pop(index, None)
             self.on_queue(index)
         else:
             self._counts["idle_kicks"] += 1
@@ -397,7 +396,7 @@ class VirtioDevice(Model):
 
     def read_pci_cfg_data(self) -> int:
         bar, offset, size = (self.stored[f"PCI_{name}"] for name in ("BAR", "OFFSET", "LENGTH"))
-        if bar == 0 and size in (1, 2, 4) and not offset % size and offset + size <= spec.BAR_MSIX_TABLE:
+        if bar == 0 and size in (1, 2, 4) and not offset % size:
             return self.read(Space.BAR0, offset, size)
         return _LOW
 
@@ -538,20 +537,19 @@ class VirtioDevice(Model):
         try:
             for index, setup in enumerate(self._setups):
                 if setup.enabled:
-                    self.queues[index] = self._make_queue(setup)
+                    self.queues[index] = self._make_queue(self.features, setup)
         except ChainError as e:
             self.fail(f"queue {index}: {e}")
             return
         self.on_activate()
         self._go_on_with_all()
 
-    def _make_queue(self, setup: _Setup, position: int | None = None) -> Queue:
+    def _make_queue(self, features: int, setup: _Setup, position: int | None = None) -> Queue:
         """Raises ChainError."""
-        kind: type[PackedQueue | SplitQueue]
-        kind = PackedQueue if self.features & spec.F_RING_PACKED else SplitQueue
+        kind: type[PackedQueue | SplitQueue] = PackedQueue if features & spec.F_RING_PACKED else SplitQueue
         start = () if position is None else (position,)
         desc, driver, device = setup.areas
-        return kind(self.memory, self.features, setup.size, desc, driver, device, *start)
+        return kind(self.memory, features, setup.size, desc, driver, device, *start)
 
     def _go_on_with_all(self) -> None:
         """The driver may have made chains available before anyone listened."""
@@ -566,8 +564,6 @@ class VirtioDevice(Model):
         self._vector = spec.MSI_NO_VECTOR
         self._setups = self._fresh()
         self._drop_queues()
-        for name in ("device_feature_select", "driver_feature_select", "queue_select"):
-            self.stored[name] = 0
         self.on_reset()
 
     def _interrupt(self, vector: int, cause: int) -> None:
@@ -617,8 +613,6 @@ class VirtioDevice(Model):
             ValueError: not a state that a guest can have brought about; nothing is changed.
         """
         self.check_stored(s.registers)
-        if len(s.queues) != len(self._setups):
-            raise ValueError(f"{len(s.queues)} queues, expected {len(self._setups)}")
         if s.status & spec.FEATURES_OK and not self._acceptable(s.features):
             raise ValueError(f"features {s.features:#x}, offered are {self._offered:#x}")
         if s.status & spec.DRIVER_OK and not s.status & spec.FEATURES_OK:
@@ -633,17 +627,15 @@ class VirtioDevice(Model):
                 raise ValueError(f"position {q.position} in a queue that is not in use")
             if q.position is not None and s.features & spec.F_RING_PACKED and q.position & 0x7FFF >= q.size:
                 raise ValueError(f"position {q.position} in a ring of {q.size}")
-        old, self.features = self.features, s.features
         try:
             setups = [_Setup(q.size, q.vector, q.enabled, [q.desc, q.driver, q.device]) for q in s.queues]
             queues = [
-                None if q.position is None else self._make_queue(setup, q.position)
+                None if q.position is None else self._make_queue(s.features, setup, q.position)
                 for q, setup in zip(s.queues, setups, strict=True)
             ]
         except ChainError as e:
-            self.features = old
             raise ValueError(str(e)) from None
-        self._setups, self.queues = setups, queues
+        self.features, self._setups, self.queues = s.features, setups, queues
         self.restore_stored(s.registers)
         self._status = s.status
         self._vector = s.vector

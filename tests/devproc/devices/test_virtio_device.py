@@ -311,6 +311,10 @@ def test_a_queue_is_enabled_by_1_alone_and_before_driver_ok(echo: Machine) -> No
     echo.driver.negotiate(V1)
     echo.driver.put(spec.QUEUE_ENABLE, 2, 2)
     assert echo.driver.get(spec.QUEUE_ENABLE, 2) == 0
+    echo.driver.put(spec.QUEUE_ENABLE, 2, 1)
+    echo.driver.put(spec.QUEUE_SIZE, 2, 8)
+    assert (echo.driver.get(spec.QUEUE_SIZE, 2), echo.driver.get(spec.QUEUE_ENABLE, 2)) == (16, 1)
+    echo.driver.put(spec.QUEUE_SELECT, 2, 1)
     echo.driver.add_status(spec.DRIVER_OK)
     echo.driver.put(spec.QUEUE_ENABLE, 2, 1)
     assert echo.driver.get(spec.QUEUE_ENABLE, 2) == 0
