@@ -49,6 +49,14 @@ _FD_SCRATCH: Final = 512  # above every slot, below the usual soft limit of 1024
 _FD_LAUNCH: Final = 256
 _FD_MAX: Final = 0xFFFF_FFFF
 
+CAP_DAC_OVERRIDE, CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 1, 6, 7, 21
+_NO_MDWE: Final = "PR_SET_MDWE came with Linux 6.3"
+# Switches of Debian's and of Ubuntu's kernels, and where they keep ordinary users from user namespaces.
+_ADMIN_ONLY: Final = (
+    ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
+    ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1"),
+)
+
 
 Who = Literal["launcher", "device"]
 
@@ -199,9 +207,11 @@ def _capabilities(ctx: Context) -> None:
     _drop_capabilities()
 
 
-def _drop_capabilities() -> None:
+def _drop_capabilities(keep: int = 0) -> None:
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
     for capability in range(64):
+        if keep >> capability & 1:
+            continue
         try:
             syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
         except OSError as e:
@@ -209,7 +219,7 @@ def _drop_capabilities() -> None:
                 raise
             break
     syscalls.prctl(syscalls.PR_SET_SECUREBITS, _SECUREBITS)  # python-prctl does not know the last two
-    syscalls.drop_capabilities()
+    syscalls.drop_capabilities(keep)
 
 
 def _no_gain(ctx: Context) -> None:
@@ -234,7 +244,7 @@ def _memory(ctx: Context) -> None:
     except OSError as e:
         if e.errno != errno.EINVAL:
             raise
-        raise NotOffered("PR_SET_MDWE came with Linux 6.3") from None
+        raise NotOffered(_NO_MDWE) from None
 
 
 def _landlock(ctx: Context) -> None:
@@ -305,17 +315,61 @@ STEPS: Final = (
 assert FD_FIRST == FD_LOG + 3
 
 
-def drop_privileges() -> None:
-    """The supervisor's own last step before the guest runs: no capability, no way to gain one, no core dump.
+def lacking() -> dict[str, str]:
+    """Layers that this kernel does not have, each with the reason; asked without taking any."""
+    lacks = {}
+    try:
+        syscalls.prctl(syscalls.PR_GET_MDWE)
+    except OSError:
+        lacks["memory"] = _NO_MDWE
+    try:
+        syscalls.landlock_abi()
+    except OSError as e:
+        lacks["landlock"] = e.strerror or "no Landlock"
+    return lacks
 
-    For the calling thread and those it starts afterwards.  Raises OSError.
+
+def drop_privileges(keep: int = 0) -> None:
+    """The supervisor's own last step before the guest runs: no capability but `keep`, no way to gain one.
+
+    For the calling thread and those it starts afterwards.  And for the process: its user cannot trace it, it
+    dumps no core.  Raises OSError.
     """
+    _renounce(keep)
+    # Both would show the guest's memory.
+    prctl.set_dumpable(0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def confine_zygote() -> None:
+    """The zygote's last step before it serves: no capability but `zygote_capabilities`, no way to gain one.
+
+    It stays dumpable, or an ordinary user's could not write the id maps of what it forks.  Raises OSError.
+    """
+    _renounce(zygote_capabilities())
+
+
+def zygote_capabilities() -> int:
+    """The mask of what root's zygote keeps: the right to map other ids than its own, and CAP_SYS_ADMIN only
+    where this host lets nobody else make a user namespace."""
+    keep = 1 << CAP_SETUID | 1 << CAP_SETGID
+    return keep | 1 << CAP_SYS_ADMIN if any(_reads(path, value) for path, value in _ADMIN_ONLY) else keep
+
+
+def _reads(path: str, value: str) -> bool:
+    try:
+        with open(path, encoding="ascii") as f:
+            return f.read().strip() == value
+    except OSError:  # this kernel has no such switch
+        return False
+
+
+def _renounce(keep: int) -> None:
     if os.geteuid() == 0:
-        _drop_capabilities()
+        _drop_capabilities(keep)
     else:  # the bounding set needs CAP_SETPCAP to change, and without new privileges bounds nothing
         syscalls.drop_capabilities()
     prctl.set_no_new_privs(1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would hold the guest's memory
 
 
 def forbid_gain() -> None:

@@ -60,7 +60,12 @@ class Program(Protocol):
 
 
 def main(
-    fd: int, parent: int, kinds: Sequence[str], filters: Callable[[Entry], Filters], program: Program
+    fd: int,
+    parent: int,
+    kinds: Sequence[str],
+    filters: Callable[[Entry], Filters],
+    program: Program,
+    mode: jail.Mode | None,
 ) -> NoReturn:
     """The zygote, from its fork on; `fd` is its channel, `parent` the supervisor's pid."""
     os.setsid()  # out of reach of the terminal's Ctrl-C and Ctrl-Z
@@ -84,8 +89,12 @@ def main(
     # Objects that exist now are moved out of the collector's sight: it would write to their pages, and every
     # page written to is one a device process no longer shares (a third of the memory per device without it).
     gc.freeze()
+    if mode is jail.Mode.FULL:
+        jail.confine_zygote()
     sock = socket.socket(fileno=_SOCKET)
-    _serve(Channel(sock, SPAWN_TABLE, "idle", Sender.ZYGOTE, Sender.SUPERVISOR), filters, cache, program)
+    _serve(
+        Channel(sock, SPAWN_TABLE, "idle", Sender.ZYGOTE, Sender.SUPERVISOR), filters, cache, program, mode
+    )
 
 
 def _prepare(
@@ -104,7 +113,11 @@ def _prepare(
 
 
 def _serve(
-    channel: Channel, filters: Callable[[Entry], Filters], cache: dict[str, Filters], program: Program
+    channel: Channel,
+    filters: Callable[[Entry], Filters],
+    cache: dict[str, Filters],
+    program: Program,
+    mode: jail.Mode | None,
 ) -> NoReturn:
     while True:
         try:
@@ -113,6 +126,8 @@ def _serve(
             os._exit(0)
         assert isinstance(request, Spawn)  # by the table
         try:
+            if mode is not None and request.jail != mode.value:
+                raise SpawnError(f"asked for jail mode {request.jail}, this zygote is for {mode.value}")
             channel.send(Spawned(_spawn(request, fds, filters, cache, program)))
         except (SpawnError, OSError) as e:
             channel.send(Failed(str(e)[:1000]))

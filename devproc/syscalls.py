@@ -33,6 +33,7 @@ MNT_DETACH: Final = 0x2
 PR_CAPBSET_DROP: Final = 24
 PR_SET_SECUREBITS: Final = 28
 PR_SET_MDWE: Final = 65
+PR_GET_MDWE: Final = 66
 PR_MDWE_REFUSE_EXEC_GAIN: Final = 1
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
@@ -116,10 +117,11 @@ def prctl(option: int, *args: int) -> int:
     return _call("prctl", option, *args, *(0,) * (4 - len(args)))
 
 
-def drop_capabilities() -> None:
-    """Empty the permitted, effective and inheritable sets, known capabilities or not."""
+def drop_capabilities(keep: int = 0) -> None:
+    """Leave only the mask `keep` permitted and effective, and nothing inheritable, known or not."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
-    _call("capset", header, bytes(24))
+    low, high = keep & 0xFFFF_FFFF, keep >> 32
+    _call("capset", header, struct.pack("=6I", low, low, 0, high, high, 0))
 
 
 def close_range(first: int, last: int) -> None:
@@ -163,14 +165,18 @@ def limit(resource: int, value: int, mark: int) -> None:
     _call("prlimit64", 0, resource, struct.pack("=QQ", value, value), None, 0, mark)
 
 
+def landlock_abi() -> int:
+    """Raises OSError: ENOSYS or EOPNOTSUPP when the kernel has no Landlock, or has it switched off."""
+    return _call("landlock_create_ruleset", None, 0, 1)
+
+
 def landlock_deny_all() -> int:
     """Forbid every new file, TCP and signal right Landlock knows; returns the ABI used.
 
     Raises:
-        OSError: ENOSYS or EOPNOTSUPP when the kernel has no Landlock, or has it switched off.
+        OSError: as `landlock_abi`.
     """
-    abi = _call("landlock_create_ruleset", None, 0, 1)
-    abi = min(abi, len(_LANDLOCK_RIGHTS))
+    abi = min(landlock_abi(), len(_LANDLOCK_RIGHTS))
     ruleset = _call("landlock_create_ruleset", struct.pack("=QQQ", *_LANDLOCK_RIGHTS[abi - 1]), 24, 0)
     try:
         _call("landlock_restrict_self", ruleset, 0)

@@ -210,6 +210,7 @@ def start(
     kinds: Sequence[str] = (),
     filters: Callable[[Entry], Filters] | None = None,
     program: str = "devproc.child",
+    mode: jail.Mode | None = jail.Mode.FULL,
 ) -> Zygote:
     """Fork the zygote.  Call it from the main thread, before there are others and before /dev/kvm is opened.
 
@@ -218,6 +219,8 @@ def start(
         filters: where the two seccomp programs of a kind come from; called in the zygote, once per kind
             [policies/NAME.policy].
         program: the module that a device process runs, a `nursery.Program`.
+        mode: the one mode that it will be asked for; None: any.  Unless it is "full" the zygote keeps all of
+            the caller's rights, because a device may.
 
     Raises:
         WireError: msgpack's C extension is missing.
@@ -232,7 +235,7 @@ def start(
             from devproc import nursery  # noqa: PLC0415
 
             runs: Any = importlib.import_module(program)
-            nursery.main(theirs.detach(), parent, kinds, filters or nursery.compiled, runs)
+            nursery.main(theirs.detach(), parent, kinds, filters or nursery.compiled, runs, mode)
         except BaseException:
             traceback.print_exc()
         finally:

@@ -22,12 +22,14 @@ from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG, Entry
 from kvmcore.errors import ConfigError
 from policies.compile import compile_notify
 from policies.parse import load
+from supervisor.janitor import CAPABILITIES
 from supervisor.procstatus import NAMESPACES
 
 UNSEEN: Final = ("securebits", "the parent-death signal", "MDWE", "Landlock")
 
 _OWN: Final = "its own"
 _NONE: Final = "none"
+_OFFERED: Final = "offered"
 _CAPABILITIES: Final = ("Inh", "Prm", "Eff", "Bnd", "Amb")
 _LIMITED: Final = "limited"  # by a parameter, so each instance to its own
 _LIMITS: Final = ("core file size", "data size", "file size", "locked memory", "processes", "open files")
@@ -146,17 +148,26 @@ Look = Callable[[], str]
 Row = tuple[str, str, str, Look]  # layer, field, what is declared, how to see what is
 
 
-def attest(devices: Sequence[tuple[str, int, Entry]], supervisor: int, zygote: int | None = None) -> Report:
+def attest(
+    devices: Sequence[tuple[str, int, Entry]],
+    supervisor: int,
+    zygote: int | None = None,
+    janitor: int | None = None,
+) -> Report:
     """Look at every process of a VM.
 
     Args:
         devices: the name, the pid and the declared kind of each device process.
         supervisor: its pid.
-        zygote: its pid, if it is to be looked at.
+        zygote, janitor: their pids, if they are to be looked at.
     """
     head = _Process("supervisor", supervisor)
     processes = [_Process(name, pid) for name, pid, _ in devices]
-    findings: list[Finding] = []
+    lacking = jail.lacking()
+    findings = [
+        Finding("kernel", 0, layer, f"layer {layer}", _OFFERED, lacking.get(layer, _OFFERED))
+        for layer in ("memory", "landlock")
+    ]
 
     def compare(process: _Process, rows: Sequence[Row]) -> None:
         for layer, name, declared, look in rows:
@@ -166,6 +177,9 @@ def attest(devices: Sequence[tuple[str, int, Entry]], supervisor: int, zygote: i
     if zygote is not None:
         nursery = _Process("zygote", zygote)
         compare(nursery, _zygote(nursery))
+    if janitor is not None:
+        cleaner = _Process("janitor", janitor)
+        compare(cleaner, _janitor(cleaner))
     for process, (_, _, entry) in zip(processes, devices, strict=True):
         others = [head, *(p for p in processes if p is not process)]
         compare(process, _device(process, entry, head, others))
@@ -181,7 +195,7 @@ def of_vm(answer: Mapping[str, Any]) -> Report:
     try:
         kinds = answer["kinds"]
         devices = [(name, pid, CATALOG[kinds[name]]) for name, pid in answer["processes"]]
-        return attest(devices, answer["pid"], answer["zygote"])
+        return attest(devices, answer["pid"], answer["zygote"], answer["janitor"])
     except (KeyError, TypeError, ValueError) as e:
         raise ConfigError(f"the VM does not say what its processes are: {e!r}") from None
 
@@ -195,19 +209,41 @@ def _seen(look: Look) -> str | None:
         return None
 
 
-def _supervisor(process: _Process) -> list[Row]:
-    # An ordinary user's bounding set cannot be changed, and without new privileges bounds nothing.
-    sets = [s for s in _CAPABILITIES if s != "Bnd" or _is_root(process)]
+def _supervisor(process: _Process, keep: int = 0) -> list[Row]:
+    # Of a process of root's it cannot be seen.
+    dumpable: list[Row] = [("no-gain", "dumpable", "no", _dumpable(process))] * (not _is_root(process))
     return [
-        ("no-gain", "no_new_privs", "1", lambda: process.status("NoNewPrivs")),
-        *_capabilities(process, sets),
+        *_renounced(process, keep),
+        *dumpable,
         ("seccomp", "seccomp mode", "2", lambda: process.status("Seccomp")),
         ("memory", "writable and executable memory", _NONE, _executable(process)),
     ]
 
 
+def _janitor(process: _Process) -> list[Row]:
+    return [
+        *_supervisor(process, CAPABILITIES),
+        ("memory", "guest memory", _NONE, _guest_memory(process)),
+        ("limits", "threads", "1", lambda: str(len(process.list("task")))),
+    ]
+
+
+def _renounced(process: _Process, keep: int) -> list[Row]:
+    """What `jail.drop_privileges` does to root, and what an ordinary user has anyway."""
+    sets = list(_CAPABILITIES)
+    if not _is_root(process):
+        sets.remove("Bnd")  # which it may not change, and which without new privileges bounds nothing
+        keep = 0
+    return [
+        ("no-gain", "no_new_privs", "1", lambda: process.status("NoNewPrivs")),
+        *_capabilities(process, [s for s in sets if s in ("Inh", "Amb")]),
+        *_capabilities(process, [s for s in sets if s not in ("Inh", "Amb")], keep),
+    ]
+
+
 def _zygote(process: _Process) -> list[Row]:
     return [
+        *_renounced(process, jail.zygote_capabilities()),
         ("descriptors", "descriptors", "0, 1, 2, 3", lambda: ", ".join(sorted(process.list("fd"), key=int))),
         ("memory", "guest memory", _NONE, _guest_memory(process)),
         ("memory", "writable and executable memory", _NONE, _executable(process)),
@@ -243,11 +279,6 @@ def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_P
         found = [line.split() for line in process.text("mountinfo").splitlines()]
         return "; ".join(f"{m[4]} {','.join(f for f in m[5].split(',') if f in _MOUNT_FLAGS)}" for m in found)
 
-    def dumpable() -> str:
-        # The kernel gives the files of a process that is not dumpable to root.
-        owner = os.stat(f"/proc/{process.pid}/fd").st_uid
-        return "no" if owner != int(status("Uid").split()[0]) else "yes, or it is root's"
-
     def policy() -> str:
         return _digest(installed_filters(process.pid))
 
@@ -278,7 +309,7 @@ def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_P
         ),
         *_capabilities(process, _CAPABILITIES),
         ("no-gain", "no_new_privs", "1", lambda: status("NoNewPrivs")),
-        ("no-gain", "dumpable", "no", dumpable),
+        ("no-gain", "dumpable", "no", _dumpable(process)),
         ("parent", "parent", str(head.pid), lambda: status("PPid")),
         ("limits", "threads", "1", lambda: str(len(process.list("task")))),
         ("memory", "writable and executable memory", _NONE, _executable(process)),
@@ -302,11 +333,21 @@ def _is_root(process: _Process) -> bool:
     return _seen(lambda: process.status("Uid")) == "0 0 0 0"
 
 
-def _capabilities(process: _Process, sets: Sequence[str]) -> list[Row]:
+def _capabilities(process: _Process, sets: Sequence[str], keep: int = 0) -> list[Row]:
+    declared = f"{keep:016x}" if keep else _NONE
     return [
-        ("capabilities", f"capabilities {s}", _NONE, lambda s=s: process.capabilities(s))  # type: ignore[misc]
+        ("capabilities", f"capabilities {s}", declared, lambda s=s: process.capabilities(s))  # type: ignore[misc]
         for s in sets
     ]
+
+
+def _dumpable(process: _Process) -> Look:
+    def look() -> str:
+        # The kernel gives the files of a process that is not dumpable to root.
+        owner = os.stat(f"/proc/{process.pid}/fd").st_uid
+        return "no" if owner != int(process.status("Uid").split()[0]) else "yes, or it is root's"
+
+    return look
 
 
 def _executable(process: _Process) -> Look:

@@ -169,7 +169,7 @@ def _try_jail(tell: Callable[[str], None]) -> None:
     log = os.open(os.devnull, os.O_WRONLY)
     own_id = host_id(0)
     try:
-        pid = zygote.start().spawn(
+        pid = zygote.start(mode=jail.Mode.BEST_EFFORT).spawn(
             _DEVICE,
             "doctor",
             [log, its_access.fileno(), its_control.fileno()],

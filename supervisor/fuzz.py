@@ -311,7 +311,7 @@ class Campaign:
             raise
 
     def _zygote(self, program: str) -> zygote.Zygote:
-        nursery = zygote.start([self.entry.name], program=program)
+        nursery = zygote.start([self.entry.name], program=program, mode=self.plan.mode)
         self._undo.callback(os.waitpid, nursery.pid, 0)
         self._undo.callback(nursery.close)
         return nursery

@@ -82,12 +82,12 @@ class _Launch:
             fstab = config.android_fstab
             setup_data = [(bootparams.SETUP_DTB, fdt.android(fstab))] if fstab is not None else []
         with step("start the janitor"):
-            janitor = Janitor.start()
+            janitor = Janitor.start(mode)
             self.undo.callback(janitor.finish)
         with step("fork the zygote"):
             jail.adopt_orphans()
             self.undo.callback(jail.adopt_orphans, False)
-            nursery = zygote.start(machine.kinds(config), recorder.filters if recorder else None)
+            nursery = zygote.start(machine.kinds(config), recorder.filters if recorder else None, mode=mode)
             self.undo.callback(_end_zygote, nursery)
         with step("open /dev/kvm"):
             kvm = self.undo.enter_context(Kvm())
@@ -186,7 +186,7 @@ class _Launch:
         with step("make the control socket"):
             if config.socket is not None:
                 verbs: dict[str, control.Verb] = {
-                    "ps": lambda _: self._ps(proxies, nursery),
+                    "ps": lambda _: self._ps(proxies, nursery, janitor),
                     "stop": lambda _: _stop(loop),
                     "balloon": partial(self._balloon, _find(proxies, "virtio-balloon")),
                 }
@@ -194,6 +194,7 @@ class _Launch:
                 self.undo.callback(server.close)
                 host.watched.append(server)
         with step("drop privileges"):
+            janitor.seal(self.say)
             jail.drop_privileges()
         how = loop.run(threads, seal)
         if config.verbose:
@@ -237,6 +238,10 @@ class _Launch:
             self.say("WARNING: --no-jail: device processes run with all your rights, and so may the guest")
         elif mode is jail.Mode.BEST_EFFORT:
             self.say("WARNING: jail=best-effort: layers of the jail that this host lacks are left out")
+        if self.config.verbose and mode is not jail.Mode.NONE:
+            for layer, why in jail.lacking().items():
+                text = f"jail: {layer}: not offered by this kernel: {why}"
+                self.say(text, level="info", event="jail")
         return mode
 
     def _recorder(self, mode: jail.Mode) -> Recorder | None:
@@ -309,10 +314,11 @@ class _Launch:
         else:
             irqfd(eventfds["intx"][0], instance.gsi, eventfds["resample"][0])
 
-    def _ps(self, proxies: Sequence[Proxy], nursery: Zygote) -> dict[str, Any]:
+    def _ps(self, proxies: Sequence[Proxy], nursery: Zygote, janitor: Janitor) -> dict[str, Any]:
         processes = [[p.name, p.pid] for p in proxies if not p.reaped]
         kinds = {p.name: p.instance.entry.name for p in proxies}
-        return {"pid": os.getpid(), "zygote": nursery.pid, "processes": processes, "kinds": kinds}
+        ours = {"pid": os.getpid(), "zygote": nursery.pid, "janitor": janitor.pid}
+        return {**ours, "processes": processes, "kinds": kinds}
 
     def _balloon(self, balloon: Proxy | None, request: Mapping[str, Any]) -> dict[str, Any]:
         """A new target, or what was last known; in that case what is known next is asked for."""

@@ -23,6 +23,7 @@ from supervisor.reaper import DeviceDied, Refused
 
 PING_EVERY_S = 1.0
 CLOSED = "closed its control channel"
+_READY_WITHIN_S: float = zygote.READY_WITHIN_S
 _LOG_LINE_MAX = 4096
 _LINES_PER_S = 200  # a traceback has some dozens
 _WARNING = 30  # the logging levels of wire.Log
@@ -81,9 +82,11 @@ class Proxy:
             DeviceDied: it failed, died, or took longer than 30 s.
         """
         try:
-            greeting = zygote.await_ready(self.control, self.instance.entry.name, mode, watch=watch)
+            greeting = zygote.await_ready(
+                self.control, self.instance.entry.name, mode, _READY_WITHIN_S, watch
+            )
         except TimeoutError:
-            raise DeviceDied(self.name, f"not ready after {zygote.READY_WITHIN_S:g} s") from None
+            raise DeviceDied(self.name, f"not ready after {_READY_WITHIN_S:g} s") from None
         except zygote.Forbidden as e:
             raise self._forbidden(e.violation) from None
         except ChannelClosed:

@@ -200,7 +200,7 @@ def _attack(victim: str, columns: Sequence[Column], tell: Callable[[str], None])
     def filters(entry: Entry) -> zygote.Filters:
         return compile_notify(load(victim, entry.slots()), jail.SETUP_CALLS)
 
-    nursery = zygote.start([e.name for e in entries.values()], filters)
+    nursery = zygote.start([e.name for e in entries.values()], filters, mode=None)
     memory = GuestMemory.create([(0, 1 << 20)])
     sizes = {"mem_below_4g": memory.size}
     harmless = [sizes.get(p.name, p.low) if p.type is int else bytes(p.low) for p in CATALOG[victim].params]

@@ -21,9 +21,10 @@ from typing import Final
 
 import msgpack
 
-from devproc import child, wire
-from devproc.catalog import CATALOG, FD_ACCESS, FD_LOG
+from devproc import child, syscalls, wire
+from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG
 from devproc.channel import Channel
+from policies.compile import SETUP_MARK
 from supervisor import cli, proxy
 
 READY_WITHIN_S: Final = 3.0  # instead of 30
@@ -261,9 +262,12 @@ ATTACKS: Final[dict[str, Attack]] = {
     "getpid": Attack(SERVING, call(os.getpid), _forbidden(39, "getpid")),
     "a socket": Attack(SERVING, call(socket.socketpair), _forbidden(53, "socketpair")),
     "a fork": Attack(SERVING, call(os.fork), _forbidden(56, "clone")),
-    # The filter that reports had to let these two through, for the one that kills to be loaded after it.
-    "a descriptor in the jail": Attack(SERVING, with_descriptors(1, wire.Pong(1)), "rtc: killed by SIGSYS"),
-    "closing a channel in the jail": Attack(SERVING, close("access"), "rtc: killed by SIGSYS"),
+    "a descriptor in the jail": Attack(SERVING, with_descriptors(1, wire.Pong(1)), _forbidden(46, "sendmsg")),
+    "closing a channel in the jail": Attack(SERVING, close("access"), _forbidden(3, "close")),
+    # As the jail did it before it was sealed.
+    "closing a channel as the jail does": Attack(
+        SERVING, call(lambda: syscalls.close(FD_ACCESS, SETUP_MARK)), "rtc: killed by SIGSYS"
+    ),
     "a write to the access channel": Attack(
         SERVING, call(lambda: os.write(FD_ACCESS, b"x")), _forbidden(1, "write")
     ),
@@ -370,18 +374,25 @@ def _arm(attack: Attack) -> None:
         original_accesses(server)
         say(DONE)(server._access, server._control.sock)
 
-    def send(channel: Channel, message: wire.Message, fds: tuple[int, ...] = ()) -> None:
+    def frame(channel: Channel, message: wire.Message) -> bytes:
         if type(message) is attack.when:
             strike(channel.sock, channel.sock)
-        original_send(channel, message, fds)
+        return original_frame(channel, message)
 
-    original_accesses, original_send = child.Server._serve_accesses, Channel.send
+    def load(*args: object) -> int:
+        control = socket.socket(fileno=FD_CONTROL)
+        strike(control, control)
+        return 0
+
+    original_accesses, original_frame = child.Server._serve_accesses, Channel.frame
     if attack.when == SERVING:
         child.Server.serve = serve  # type: ignore[method-assign]
     elif attack.when == ACCESSED:
         child.Server._serve_accesses = serve_accesses  # type: ignore[method-assign]
+    elif attack.when is wire.Listener:
+        syscalls.seccomp_load = load  # while it still has every call
     else:
-        Channel.send = send  # type: ignore[method-assign,assignment]
+        Channel.frame = frame  # type: ignore[method-assign]
 
 
 def main() -> None:

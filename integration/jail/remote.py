@@ -19,10 +19,10 @@ HERE = Path(__file__).resolve().parent
 class Remote:
     """Calls the methods of a `stand_in.StandIn` in another process."""
 
-    def __init__(self, who: str) -> None:
+    def __init__(self, who: str, mode: str) -> None:
         self.who = who
         self.pipe, theirs = Pipe()
-        command = [sys.executable, str(HERE / "stand_in.py"), str(theirs.fileno())]
+        command = [sys.executable, str(HERE / "stand_in.py"), str(theirs.fileno()), mode]
         if who == "user" and os.geteuid() == 0:
             command = [*as_user(), *command]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
@@ -41,7 +41,8 @@ class Remote:
         self.process.wait(10)
 
 
-def start(who: str) -> Remote:
+def start(who: str, mode: str = "") -> Remote:
+    """`mode`: the jail mode that its zygote is for; empty, any."""
     if who == "root" and os.geteuid() != 0:
         pytest.skip("needs root")
-    return Remote(who)
+    return Remote(who, mode)

@@ -1,7 +1,7 @@
 """A supervisor's part in a device's life, run in a process of its own and driven over a pipe.
 
-Run as `python stand_in.py FD`, as root or as an ordinary user, so that a test of either can look at /proc
-with the rights of whoever runs the tests.
+Run as `python stand_in.py FD MODE`, as root or as an ordinary user, so that a test of either can look at
+/proc with the rights of whoever runs the tests.  MODE is the jail mode that its zygote is for; empty, any.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class Function:
 class StandIn:
     """Methods are the requests; each answer is a plain value."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: jail.Mode | None) -> None:
         CATALOG["hostile"] = HOSTILE
         CATALOG.update(WEAK)
         if os.geteuid() == 0:  # an attempt to mount that succeeds, without a jail, must not reach the host
             syscalls.unshare(syscalls.CLONE_NEWNS)
             syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
         jail.adopt_orphans()
-        self.zygote = zygote.start((), filters)
+        self.zygote = zygote.start((), filters, mode=mode)
         self.devices: dict[str, dict[str, Any]] = {}
         self.guest = GuestMemory.create([(0, MEMORY_SIZE)])
 
@@ -283,9 +283,9 @@ class StandIn:
         return result.si_code, result.si_status
 
 
-def main(fd: int) -> None:
+def main(fd: int, mode: str) -> None:
     pipe = Connection(fd)
-    me = StandIn()
+    me = StandIn(jail.Mode(mode) if mode else None)
     pipe.send(os.getpid())
     while True:
         try:
@@ -300,4 +300,4 @@ def main(fd: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])

@@ -13,7 +13,7 @@ import pytest
 from remote import start
 
 from devproc.catalog import CATALOG, Entry
-from devproc.jail import INSIDE_ID
+from devproc.jail import INSIDE_ID, zygote_capabilities
 
 SHIPPED = sorted(CATALOG)
 NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
@@ -181,6 +181,26 @@ def test_a_zygote_asked_to_terminate_stays_and_a_killed_one_takes_no_device_alon
         spawn_hostile(remote, "third")
     assert remote("ask_ping", "first") == 7
     assert remote("stop", "first") == remote("stop", "second") == (EXITED, 0)
+    remote.close()
+
+
+@pytest.mark.parametrize("who", ["root", "user"])
+def test_a_zygote_for_the_full_jail_keeps_no_right_but_to_map_ids_and_makes_nothing_else(who: str) -> None:
+    remote = start(who, "full")
+    greeting = spawn(remote, CATALOG["rtc"], "rtc9")
+    assert greeting["listener"]
+    s = status(remote("pids")[0])
+    sets = {c: int(s[f"Cap{c}"], 16) for c in ("Inh", "Prm", "Eff", "Bnd", "Amb")}
+    keep = zygote_capabilities() if who == "root" else 0
+    assert keep in (0, 0xC0, 0x2000C0)
+    if who == "user":
+        del sets["Bnd"]  # which it may not change, and which without new privileges bounds nothing
+    assert sets == {c: keep if c in ("Prm", "Eff", "Bnd") else 0 for c in sets}
+    assert s["NoNewPrivs"] == "1"
+    for mode in ("none", "best-effort"):
+        with pytest.raises(RuntimeError, match=f"odd: asked for jail mode {mode}"):
+            spawn_hostile(remote, "odd", mode)
+    assert remote("stop", "rtc9") == (EXITED, 0)
     remote.close()
 
 

@@ -67,8 +67,9 @@ def test_every_step_says_what_it_does_for_every_kind(name: str) -> None:
     text = {s.name: s.describe(entry) for s in plan(Mode.FULL)}
     assert all(text.values())
     assert f"policies/{name}.policy" in text["seccomp"]
-    for slot, fd in entry.slots().items():
-        assert f"{fd} {slot.removeprefix('FD_').lower()}" in text["descriptors"]
+    for d, fds in entry.own_slots():
+        numbers = str(fds[0]) if len(fds) == 1 else f"{fds[0]}-{fds[-1]}"
+        assert f" {numbers} {d.name}, " in text["descriptors"]
 
 
 def test_a_failing_step_is_named_with_its_cause_and_path() -> None:

@@ -26,7 +26,7 @@ DIGEST = bytes(32)
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Zygote]:
     jail.adopt_orphans()
-    zygote = start()
+    zygote = start(mode=None)
     yield zygote
     zygote.close()
     assert os.waitpid(zygote.pid, 0)[1] == 0
@@ -110,6 +110,14 @@ def test_parameters_out_of_range_are_refused_before_there_is_a_process(nursery: 
     with pytest.raises(SpawnError, match=r"host9: ValueError: rtc: 0 parameters, expected 2"):
         spawn(nursery, ends, "rtc")
     assert CATALOG["rtc"].params
+
+
+def test_a_zygote_for_one_jail_mode_makes_no_device_in_another(ends: Ends) -> None:
+    sealed_only = start()
+    with pytest.raises(SpawnError, match="host9: asked for jail mode none, this zygote is for full"):
+        spawn(sealed_only, ends)
+    sealed_only.close()
+    os.waitpid(sealed_only.pid, 0)
 
 
 class Device:

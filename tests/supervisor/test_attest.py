@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from devproc import jail
 from devproc.catalog import CATALOG
 from kvmcore.errors import ConfigError
 from supervisor.attest import UNSEEN, Finding, Report, attest, of_vm
@@ -35,6 +36,13 @@ def test_what_no_kernel_shows_is_said():
     report = Report(0, (PROVEN,))
     assert report.unproven == []
     assert all(what in report.text() for what in UNSEEN)
+
+
+def test_a_layer_that_the_kernel_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(jail, "lacking", lambda: {"landlock": "it is switched off"})
+    report = attest([], os.getpid())
+    words = {f.layer: str(f) for f in report.unproven if f.process == "kernel"}
+    assert words == {"landlock": "kernel: layer landlock: declared offered, found it is switched off"}
 
 
 def test_a_process_that_is_not_jailed_differs_in_every_layer_that_shows():

@@ -3,14 +3,18 @@
 import contextlib
 import os
 import pty
+import re
 import select
 import signal
 import termios
 
 import pytest
 
+from devproc import syscalls
+from devproc.jail import Mode
+from kvmcore.errors import VmsupError
 from supervisor import terminal
-from supervisor.janitor import Janitor
+from supervisor.janitor import CAPABILITIES, Janitor
 
 
 @pytest.fixture
@@ -52,19 +56,104 @@ def wait_until(true):
     raise AssertionError("never came true")
 
 
-def test_raw_mode_is_undone_after_the_supervisor_was_killed(tty):
+def nothing(janitor):
+    pass
+
+
+def seal(janitor):
+    janitor.seal(print)
+
+
+@pytest.mark.parametrize("then", [nothing, seal])
+def test_raw_mode_is_undone_after_the_supervisor_was_killed(tty, then):
+    def act(janitor):
+        terminal.set_raw(tty, janitor)
+        then(janitor)
+
     before = termios.tcgetattr(tty)
-    with supervisor(lambda janitor: terminal.set_raw(tty, janitor)):
+    with supervisor(act):
         assert termios.tcgetattr(tty) != before
     wait_until(lambda: termios.tcgetattr(tty) == before)
 
 
-def test_paths_are_removed_after_the_supervisor_was_killed(tmp_path):
+@pytest.mark.parametrize("then", [nothing, seal])
+def test_paths_are_removed_after_the_supervisor_was_killed(tmp_path, then):
+    def act(janitor):
+        janitor.unlink(str(path))
+        then(janitor)
+
     path = tmp_path / "socket"
     path.touch()
-    with supervisor(lambda janitor: janitor.unlink(str(path))):
+    with supervisor(act):
         assert path.exists()
     wait_until(lambda: not path.exists())
+
+
+def status(pid):
+    with open(f"/proc/{pid}/status", encoding="ascii") as f:
+        return dict(line.rstrip("\n").split(":\t") for line in f)
+
+
+def test_sealed_it_has_no_rights_but_to_remove_what_root_made(tmp_path):
+    janitor = Janitor.start()
+    janitor.seal(print)
+    found = status(janitor.pid)
+    keep = CAPABILITIES if os.geteuid() == 0 else 0
+    assert (int(found["CapPrm"], 16), int(found["CapEff"], 16)) == (keep, keep)
+    assert (found["Seccomp"], found["NoNewPrivs"]) == ("2", "1")
+    assert int(found["CapBnd"], 16) == keep or os.geteuid() != 0
+    janitor.finish()
+
+
+def test_sealed_it_hears_nothing_but_the_end(tmp_path):
+    path = tmp_path / "precious"
+    path.touch()
+    st = path.stat()
+    janitor = Janitor.start()
+    janitor.seal(print)
+    janitor._sock.send(b"U%d %d %s" % (st.st_dev, st.st_ino, os.fsencode(path)))
+    janitor._sock.send(b"S")
+    janitor.finish()
+    assert path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a path in a directory that is not its own")
+def test_what_root_made_in_somebody_elses_directory_is_removed(tmp_path):
+    path = tmp_path / "theirs" / "socket"
+    path.parent.mkdir(mode=0o755)
+    path.touch()
+    os.chown(path.parent, 1000, 1000)
+    janitor = Janitor.start()
+    janitor.unlink(str(path))
+    janitor.seal(print)
+    janitor.finish()
+    assert not path.exists()
+
+
+def test_without_a_jail_it_keeps_its_rights_and_still_hears_nothing_more(tmp_path):
+    janitor = Janitor.start(Mode.NONE)
+    janitor.seal(print)
+    assert status(janitor.pid)["Seccomp"] == "0"
+    janitor.finish()
+
+
+@pytest.mark.parametrize("mode", [Mode.FULL, Mode.BEST_EFFORT])
+def test_a_janitor_that_cannot_be_sealed_is_an_error_or_a_warning(monkeypatch, mode):
+    def refuses(program):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(syscalls, "seccomp_load", refuses)
+    janitor = Janitor.start(mode)
+    said = []
+    why = "the janitor: .*cannot load policies/janitor.policy: Invalid argument"
+    if mode is Mode.FULL:
+        with pytest.raises(VmsupError, match=why):
+            janitor.seal(said.append)
+    else:
+        janitor.seal(said.append)
+        assert re.match(why, said.pop())
+    assert said == []
+    janitor.finish()
 
 
 def test_a_relative_path_is_the_one_it_was_when_it_was_told(tmp_path, monkeypatch):
