@@ -35,11 +35,12 @@ ENTRY = Entry(
     ),
     params=(Param("gain", 0, 9, "read back"),),
     settings=(Param("gain", 0, 9, "read back"),),
-    sources=("clock", "wall"),
+    sources=("clock", "wall", "log"),
 )
 DEADLINE = 7  # writing here sets a deadline that far ahead, in ms
 OUT = 6  # writing here outputs a byte that many times 256
 FEED = 5  # writing 1 here lets input in
+SAY = 4  # writing here says a line that long
 
 
 class Scribe:
@@ -55,7 +56,9 @@ class Scribe:
         gain: int,
         clock: Any,
         wall: Any,
+        log: Callable[[str], None],
     ) -> None:
+        self.say = log
         self.irq, self.input, self.output, self.gain = irq, input, output, gain
         self.clock, self.wall = clock, wall
         self.deadline_ns: int | None = None
@@ -77,6 +80,8 @@ class Scribe:
             self.deadline_ns = self.clock() + data * 1_000_000
         if offset == OUT:
             self.output.write(b"x" * (data * 256))
+        if offset == SAY:
+            self.say("y" * data * 100)
         if offset == FEED:
             self.wants_input = bool(data)
 
@@ -271,6 +276,13 @@ def test_each_of_an_array_of_kicks_is_taken_and_told_by_its_number(host: Host) -
     assert host.model.log == [("bell", 1), ("bell", 0)]
     with pytest.raises(BlockingIOError):
         os.eventfd_read(host.bells[1])
+
+
+def test_what_the_model_says_reaches_the_user_cut_to_a_lines_length(host: Host) -> None:
+    host.write(SAY, 1)
+    assert host.control.recv() == wire.Log(30, "y" * 100)
+    host.write(SAY, 99)
+    assert host.control.recv() == wire.Log(30, "y" * wire.TEXT_MAX)
 
 
 def test_output_reaches_the_host(host: Host) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from devproc import state
 from devproc.catalog import Virtio, virtio_entry
@@ -562,3 +565,62 @@ def test_the_capabilities_lead_to_every_structure(echo: Machine) -> None:
 def test_the_bar_says_its_size(echo: Machine) -> None:
     echo.model.write(Space.CONFIG, 0x10, 4, 0xFFFF_FFFF)
     assert echo.model.read(Space.CONFIG, 0x10, 4) == -spec.BAR_SIZE & 0xFFFF_FFFF
+
+
+features = st.sampled_from((V1, V1 | spec.F_EVENT_IDX, V1 | spec.F_RING_PACKED, V1 | EVERY_RING, 0, F_OTHERS))
+values = st.sampled_from((0, 1, 2, 3, 4, 7, 8, 0x0F, 0x40, 0x80, 0x10_0000, 0xFFFF)) | st.integers(
+    0, (1 << 32) - 1
+)
+steps = st.one_of(
+    st.tuples(st.just("start"), features, st.booleans()),
+    st.tuples(st.just("reset")),
+    st.tuples(st.just("put"), st.integers(0, spec.COMMON_CFG_SIZE), st.sampled_from((1, 2, 4, 8)), values),
+    st.tuples(st.just("pci"), st.integers(0, 0xA8), st.sampled_from((1, 2, 4)), values),
+    st.tuples(st.just("request"), st.integers(0, 1), st.integers(1, 5000), st.booleans()),
+    # the first ring: its descriptors, and what is after them
+    st.tuples(st.just("poke"), st.integers(0, 0x2FF), st.binary(min_size=1, max_size=16)),
+    st.tuples(st.just("kick"), st.integers(0, 1)),
+    st.tuples(st.just("resample")),
+    st.tuples(st.just("fork")),
+)
+
+
+@given(script=st.lists(steps, max_size=30))
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_whatever_a_driver_does_a_reset_brings_the_device_back(
+    bench: Any, script: list[tuple[Any, ...]]
+) -> None:
+    echo = Machine(bench(ENTRY))
+    for what, *args in script:
+        match what:
+            case "start":
+                with contextlib.suppress(NotReady):
+                    echo.start(args[0], msix=args[1])
+            case "reset":
+                echo.driver.reset()
+            case "put":
+                echo.driver.put(*args)
+                assert 0 <= echo.driver.get(args[0], args[1]) < 1 << 8 * args[1]
+            case "pci":
+                echo.model.write(Space.CONFIG, *args)
+                assert 0 <= echo.model.read(Space.CONFIG, args[0], args[1]) < 1 << 8 * args[1]
+            case "request" if len(echo.driver.queues) == 2 and echo.driver.queues[args[0]].free > 2:
+                index, size, indirect = args
+                echo.driver.queues[index].request(bytes(size), size, indirect=indirect)
+            case "poke":
+                echo.bench.memory.write(echo.driver.gpa + args[0], args[1])
+            case "kick":
+                echo.bench.kick("kick", args[0])
+            case "resample":
+                echo.bench.kick("resample")
+            case "fork":
+                other = Machine(echo.bench.fork())
+                assert other.model.save() == echo.model.save()
+                other.driver.queues, echo = echo.driver.queues, other
+        echo.bench.pump()
+    echo.start(V1)
+    assert echo.say(b"back") == b"back"
