@@ -313,7 +313,10 @@ CATALOG: Final[dict[str, Entry]] = {
         ),
         virtio_entry(
             "virtio-blk", "disk", "VirtioBlk", BLOCK,
-            descriptors=(Descriptor("disk", "disk", "the image"),),
+            descriptors=(
+                Descriptor("disk", "disk", "the image"),
+                Descriptor("backing", "disk", "the image that it is based on, or nothing"),
+            ),
             params=(
                 Param("read_only", 0, 1, "writes are refused"),
                 Param("sparse", 0, 1, "room that the guest gives back goes back to the host"),
@@ -322,6 +325,8 @@ CATALOG: Final[dict[str, Entry]] = {
                 Param("bps", 0, 1 << 40, "bytes a second, 0 without limit"),
                 Param("iops", 0, 1 << 40, "requests a second, 0 without limit"),
                 Param("id", 0, 20, "the answer to GET_ID", bytes),
+                Param("format", 0, 1, "of the image: 0 raw, 1 qcow2"),
+                Param("backing_format", 0, 1, "of the image that it is based on"),
                 Param("fsize", 0, 1 << 62, "bytes that the image may have"),
             ),
             sources=("clock",),

@@ -247,6 +247,7 @@ class Server:
                 message = self._control.recv()
                 if isinstance(message, Stop):
                     self._drain()
+                    device.stop()
                     return
                 if isinstance(message, Set):
                     self._set(message)

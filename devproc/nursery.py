@@ -32,7 +32,15 @@ _LAUNCH_S: Final = 10.0  # a launcher needs 3 ms; one that takes this long is st
 _SOCKET: Final = 3  # where the zygote keeps the one descriptor it has
 _FD_MAX: Final = 0xFFFF_FFFF
 # SIGTERM too: a service manager sends it to every process at once, and the supervisor decides who ends when.
-_IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)
+# SIGXFSZ, as SIGPIPE: the call fails, and that is enough.
+_IGNORED: Final = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+)
 # What a launcher and the zygote say to each other; a pid and an error text follow their word.
 _MAP, _MAPPED, _PID, _ERROR, _GO = b"map", b"mapped", b"pid ", b"error ", b"go"
 

@@ -61,7 +61,7 @@ class Kick(Protocol):
 
 
 class Disk(Protocol):
-    """An image on the host.  Who calls keeps offset + size within `size`.
+    """Bytes on the host.  Who calls keeps offset + size within `size`.
 
     All of these raise OSError when the host cannot do all of it: a full or failing host, or an image that
     someone has made shorter.
@@ -85,6 +85,20 @@ class Disk(Protocol):
 
     def zero(self, offset: int, size: int, *, unmap: bool) -> None:
         """Make these bytes zeros; `unmap`: without keeping room for them, where that is possible."""
+
+    def close(self) -> None:
+        """There is nothing more to come; what is kept in memory goes to the host."""
+
+
+class File(Disk, Protocol):
+    """A disk as it lies there, which an image format may need longer."""
+
+    @property
+    def length(self) -> int:
+        """Where it ends, in bytes."""
+
+    def extend(self, length: int) -> None:
+        """Make it `length` bytes long, the new ones zeros."""
 
 
 class Link(Protocol):
@@ -182,6 +196,9 @@ class Device(Protocol):
 
     def set(self, name: str, value: int) -> None:
         """A setting of the catalogue entry has this value from now on; it is in its range."""
+
+    def stop(self) -> None:
+        """`Stop` has come: nothing follows, and the host's files are to be as others expect them."""
 
     def save(self) -> bytes:
         """The whole state, packed (msgpack through `devproc.state`), at most wire.STATE_MAX bytes."""

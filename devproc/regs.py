@@ -161,6 +161,9 @@ class Model:
     def on_deadline(self, now_ns: int) -> None:
         pass
 
+    def stop(self) -> None:
+        pass
+
     def set(self, name: str, value: int) -> None:
         raise AssertionError(f"no setting {name}")
 

@@ -74,8 +74,8 @@ def _arguments() -> argparse.ArgumentParser:
         "--block",
         action="append",
         metavar="PATH[,KEY=VALUE,...]",
-        help="a disk, in the order of /dev/vda, vdb...: path=,ro,root,format=raw,sparse=,direct,id=,"
-        "block-size=,queues=,bps=,iops=",
+        help="a disk, in the order of /dev/vda, vdb...: path=,ro,root,format=raw|qcow2,backing=,"
+        "backing-format=,sparse=,direct,id=,block-size=,queues=,bps=,iops=",
     )
     add(
         "--net",

@@ -19,7 +19,7 @@ IRQCHIPS = ("kernel", "split")
 SERIAL_TYPES = ("stdio", "file", "socket", "pty", "sink")
 SERIAL_HARDWARE = ("serial", "virtio-console")
 SERIAL_PORTS = 4  # of either hardware
-IMAGE_FORMATS = ("raw",)
+IMAGE_FORMATS = ("raw", "qcow2")
 BLOCK_QUEUES_MAX = 4
 BLOCK_ID_MAX = 20  # bytes
 RATE_MAX = 1 << 40  # of bytes or operations, per second
@@ -51,6 +51,8 @@ BLOCK_KEYS = (
     Key("bps", int, 1, RATE_MAX),
     Key("iops", int, 1, RATE_MAX),
     Key("format", choices=IMAGE_FORMATS),
+    Key("backing"),
+    Key("backing-format", choices=IMAGE_FORMATS),
 )
 NET_KEYS = (
     Key("tap-name"),
@@ -121,7 +123,7 @@ class BlockConfig:
     """One disk: its image, and how the guest may use it.
 
     `block_size` in bytes, `bps` and `iops` a second, 0 without limit.  Without `format` an image is raw, and
-    refused if it looks like another format.
+    refused if it looks like another format; `backing` is the image that a qcow2 image is based on.
     """
 
     path: str
@@ -135,13 +137,16 @@ class BlockConfig:
     bps: int = 0
     iops: int = 0
     format: str | None = None
+    backing: str | None = None
+    backing_format: str | None = None
 
     @classmethod
     def from_values(cls, where: str, values: Mapping[str, Any]) -> BlockConfig:
         """A disk from checked keys.
 
         Raises:
-            ConfigError: no path, a block size that is not a power of two, an id that does not fit.
+            ConfigError: no path, a block size that is not a power of two, an id that does not fit, or a
+                backing image of one that cannot have any.
         """
         if "path" not in values:
             raise ConfigError(f"{where}: path is missing, expected an image")
@@ -150,6 +155,10 @@ class BlockConfig:
             raise ConfigError(f"{where}: block-size: expected a power of 2, not {disk.block_size}")
         if not disk.id.isascii() or len(disk.id) > BLOCK_ID_MAX:
             raise ConfigError(f"{where}: id: expected up to {BLOCK_ID_MAX} ASCII characters, not {disk.id!r}")
+        if disk.backing is not None and disk.format != "qcow2":
+            raise ConfigError(f"{where}: backing= goes with format=qcow2")
+        if disk.backing_format is not None and disk.backing is None:
+            raise ConfigError(f"{where}: backing-format= goes with backing=")
         return disk
 
 

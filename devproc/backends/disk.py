@@ -102,6 +102,9 @@ class Disk:
             for at in range(offset, offset + size, len(_ZEROS)):
                 self.write(at, [_ZEROS[: offset + size - at]])
 
+    def close(self) -> None:
+        """Nothing is kept in memory."""
+
     def extend(self, length: int) -> None:
         """Make the image `length` bytes long, the new ones zeros; raises OSError."""
         assert length >= self.length

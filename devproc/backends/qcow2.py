@@ -1,4 +1,4 @@
-"""The qcow2 image format, versions 2 and 3 (QEMU, docs/interop/qcow2.txt), over a file that is a `Disk`.
+"""The qcow2 image format, versions 2 and 3 (QEMU, docs/interop/qcow2.txt), over a `ports.File`.
 
 Metadata are written through, in an order that survives the death of this process and of the host: a cluster
 counts as taken on stable storage before a table points to it, and as free only after no table does.  What a
@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import Final, NamedTuple, NoReturn
 
-from devproc.backends.disk import SECTOR, Cut, Disk
-from devproc.ports import Disk as DiskPort
+from devproc.backends.disk import SECTOR, Cut
+from devproc.ports import Disk, File, HostError
 
 MAGIC: Final = 0x514649FB
 # magic, version, backing_file_offset, backing_file_size, cluster_bits, size, crypt_method, l1_size,
@@ -41,8 +41,8 @@ _RESERVE: Final = 1 << 22  # bytes of clusters that are taken at once, for one f
 _DOOMED_MAX: Final = 1024  # clusters
 
 
-class Qcow2Error(Exception):
-    """The image cannot be used; one line."""
+class Qcow2Error(HostError):
+    """The image cannot be used."""
 
 
 class _Run(NamedTuple):
@@ -75,12 +75,13 @@ class Qcow2:
         4. Reference counts that do not agree with the tables → at worst other data in the same image.
     """
 
-    def __init__(self, file: Disk, backing: DiskPort | None = None, *, read_only: bool = False) -> None:
+    def __init__(self, file: File, backing: Disk | None = None, *, read_only: bool = False) -> None:
         self._file: Final = file
         self._backing: Final = backing
         self._read_only: Final = read_only
         (
-            magic, version, _, _, bits, size, crypt, l1_size, l1_offset, reftable_offset, reftable_clusters, _, _,
+            magic, version, _, _, bits, size, crypt, l1_size,
+            l1_offset, reftable_offset, reftable_clusters, _, _,
         ) = _HEADER.unpack(self._load(0, _HEADER.size))  # fmt: skip
         if magic != MAGIC or version not in (2, 3):
             raise Qcow2Error("not a qcow2 image of version 2 or 3")
@@ -287,7 +288,7 @@ class Qcow2:
             self._file.read(host, cut.take(there))
         _fill(cut.take(size - there), b"")
 
-    def _read_backing(self, backing: DiskPort, offset: int, views: Sequence[memoryview]) -> None:
+    def _read_backing(self, backing: Disk, offset: int, views: Sequence[memoryview]) -> None:
         size = sum(map(len, views))
         there = min(size, max(0, backing.size - offset))
         cut = Cut(views)
@@ -422,7 +423,7 @@ class Qcow2:
     # -- clusters
 
     def _take(self, count: int) -> range:
-        """Up to `count` free clusters, one after the other, at least one; on stable storage they are taken."""
+        """Up to `count` free clusters, neighbours, at least one; on stable storage they count as taken."""
         if not self._reserved:
             self._reserve(max(1, _RESERVE >> self._bits))
         found = self._reserved.pop()

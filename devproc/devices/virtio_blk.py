@@ -14,9 +14,10 @@ from struct import Struct
 from typing import Any, Final
 
 from devproc import state
+from devproc.backends.qcow2 import Qcow2
 from devproc.backends.ratelimit import RateLimit
 from devproc.catalog import BLOCK
-from devproc.ports import Clock, Disk
+from devproc.ports import Clock, Disk, File
 from devproc.regs import Register
 from devproc.virtio.chain import Chain, Span, part
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
@@ -87,6 +88,14 @@ def _field(name: str, offset: int, size: int, meaning: str, constant: int | None
     )
 
 
+def _image(disk: File, format: int, backing: File, backing_format: int, *, read_only: bool) -> Disk:
+    """Raises HostError, as it does when it is not what it should be."""
+    if not format:
+        return disk
+    base = backing if not backing_format else Qcow2(backing, read_only=True)
+    return Qcow2(disk, base if base.size else None, read_only=read_only)
+
+
 class _Refused(Exception):
     """The status of a request that is not carried out."""
 
@@ -103,7 +112,8 @@ class VirtioBlk(VirtioDevice):
     """One disk.
 
     Ports:
-        disk: the image.
+        disk: the image, in `format` 0 raw, 1 qcow2.
+        backing: what a qcow2 image is based on, in `backing_format`; empty if it is based on nothing.
         clock: for the limits.
         read_only: writes are refused.
         sparse: what the guest discards or unmaps may be given back to the host.
@@ -149,7 +159,7 @@ class VirtioBlk(VirtioDevice):
     def __init__(
         self,
         *,
-        disk: Disk,
+        disk: File,
         clock: Clock,
         read_only: int,
         sparse: int,
@@ -158,6 +168,9 @@ class VirtioBlk(VirtioDevice):
         bps: int,
         iops: int,
         id: bytes,
+        backing: File,
+        format: int,
+        backing_format: int,
         **transport: Any,
     ) -> None:
         features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | (F_MQ if queues > 1 else 0)
@@ -166,7 +179,7 @@ class VirtioBlk(VirtioDevice):
         else:
             features |= F_WRITE_ZEROES | (F_DISCARD if sparse else 0)
         super().__init__(features=features, **transport)
-        self._disk: Final = disk
+        self._disk: Final = _image(disk, format, backing, backing_format, read_only=bool(read_only))
         self._clock: Final = clock
         self._read_only: Final = bool(read_only)
         self._sparse: Final = bool(sparse)
@@ -288,6 +301,14 @@ class VirtioBlk(VirtioDevice):
             disk.zero(offset, size, unmap=request.unmap and self._sparse)
         if kind is Type.FLUSH or (kind in (Type.OUT, Type.WRITE_ZEROES) and not self.features & F_FLUSH):
             disk.flush()
+
+    # -- the end
+
+    def stop(self) -> None:
+        try:
+            self._disk.close()
+        except OSError as e:
+            self._log(f"cannot close the image: {e.strerror}")
 
     # -- state
 

@@ -97,8 +97,12 @@ class StandIn:
         params: tuple[int, ...] | None = None,
         withhold: int = 0,
         ask_for: str = "",
+        images: dict[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Start `device` and wait for it; `withhold` descriptors or `ask_for` another to get it wrong."""
+        """Start `device` and wait for it; `withhold` descriptors or `ask_for` another to get it wrong.
+
+        `images` are paths for its descriptors of kind "disk", by their names.
+        """
         started = time.perf_counter_ns()
         entry = CATALOG[device]
         if params is None:
@@ -112,7 +116,7 @@ class StandIn:
         given = []
         for d in entry.descriptors:
             for _ in range(d.count or 1):
-                theirs, ours = self._pair(d.kind)
+                theirs, ours = self._pair(d.kind, (images or {}).get(d.name))
                 given.append(theirs)
                 kept.setdefault(d.name, []).append(ours)
         fds = [log, access.fileno(), control.fileno(), *given]
@@ -140,7 +144,7 @@ class StandIn:
             "ns": time.perf_counter_ns() - started,
         }
 
-    def _pair(self, kind: str) -> tuple[int, int]:
+    def _pair(self, kind: str, path: str | None = None) -> tuple[int, int]:
         """A descriptor for a device to have, and its other end or another for the same."""
         match kind:
             case "input":
@@ -150,6 +154,8 @@ class StandIn:
                 return theirs, ours
             case "memory":
                 return os.dup(self.guest.fd), os.dup(self.guest.fd)
+            case "disk" if path is not None:
+                return os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)
             case "disk":
                 with tempfile.TemporaryFile() as image:
                     image.truncate(1 << 20)

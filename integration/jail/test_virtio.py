@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ def header(kind: Type, sector: int = 0) -> bytes:
     return blk.HEADER.pack(kind, 0, sector)
 
 
+def qemu_img(*args: str | Path) -> None:
+    done = subprocess.run(["qemu-img", *map(str, args)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{args}: {done.stdout}{done.stderr}"
+
+
 @pytest.mark.parametrize("features", [V1, V1 | EVERY_RING], ids=["split", "packed"])
 def test_a_jailed_rng_fills_buffers_by_kick_and_interrupt(supervisor: Any, features: int) -> None:
     supervisor("spawn", "virtio-rng", "rng", host_id=host_id(supervisor))
@@ -40,7 +47,7 @@ def test_a_jailed_rng_fills_buffers_by_kick_and_interrupt(supervisor: Any, featu
 
 @pytest.mark.parametrize("features", [V1, V1 | EVERY_RING], ids=["split", "packed"])
 def test_a_jailed_disk_does_everything_its_policy_is_for(supervisor: Any, features: int) -> None:
-    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"jailed", IMAGE_SIZE)
+    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"jailed", 0, 0, IMAGE_SIZE)
     supervisor("spawn", "virtio-blk", "blk", params=params, host_id=host_id(supervisor))
     data = os.urandom(8192)
     zeroes = blk.RANGE.pack(8, 1, 0)
@@ -68,8 +75,48 @@ def test_a_jailed_disk_does_everything_its_policy_is_for(supervisor: Any, featur
     assert supervisor("stop", "blk") == (os.CLD_EXITED, 0)
 
 
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (Debian: qemu-utils) is not installed")
+def test_a_jailed_qcow2_image_is_as_qemu_wants_it_after_stop(supervisor: Any, tmp_path: Path) -> None:
+    base, path = tmp_path / "base.raw", tmp_path / "image.qcow2"
+    before = os.urandom(IMAGE_SIZE)
+    base.write_bytes(before)
+    qemu_img("create", "-f", "qcow2", "-b", base, "-F", "raw", path)
+    for file in base, path:
+        file.chmod(0o666)
+    for directory in tmp_path, *tmp_path.parents[:2]:  # the ordinary user's stand-in opens them itself
+        directory.chmod(0o755)
+    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", 1, 0, 1 << 30)
+    images = {"disk": str(path), "backing": str(base)}
+    supervisor("spawn", "virtio-blk", "blk", params=params, images=images, host_id=host_id(supervisor))
+    data = os.urandom(8192)
+    answers = supervisor(
+        "converse",
+        "blk",
+        V1 | blk.F_FLUSH | blk.F_DISCARD | blk.F_WRITE_ZEROES,
+        [
+            (header(Type.IN, 100), 512, 1),
+            (header(Type.OUT, 100), data, 1),
+            (header(Type.WRITE_ZEROES), blk.RANGE.pack(0, 64, blk.UNMAP), 1),
+            (header(Type.FLUSH), 1),
+            (header(Type.DISCARD), blk.RANGE.pack(1024, 1024, 0), 1),
+            (header(Type.IN, 1024), 512, 1),
+        ],
+    )
+    assert answers == [before[51200:51712] + b"\0", b"\0", b"\0", b"\0", b"\0", bytes(513)]
+    assert supervisor("stop", "blk") == (os.CLD_EXITED, 0)
+    qemu_img("check", "-f", "qcow2", path)
+    after = tmp_path / "after.raw"
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", path, after)
+    expected = bytearray(before)
+    expected[51200 : 51200 + 8192] = data
+    expected[: 64 * 512] = bytes(64 * 512)
+    expected[1024 * 512 :] = bytes(1024 * 512)
+    assert after.read_bytes() == expected
+    assert base.read_bytes() == before
+
+
 def test_the_image_of_a_jailed_disk_does_not_grow_beyond_its_limit(supervisor: Any) -> None:
-    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", IMAGE_SIZE)
+    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", 0, 0, IMAGE_SIZE)
     pid = supervisor("spawn", "virtio-blk", "blk", params=params, host_id=host_id(supervisor))["pid"]
     limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
     assert f"Max file size {IMAGE_SIZE} {IMAGE_SIZE} bytes" in {" ".join(line.split()) for line in limits}

@@ -117,7 +117,7 @@ def test_qemu_sees_the_lock_and_its_own_is_seen(opens: Opener, image: Path) -> N
 
 def test_a_qcow2_image_is_never_taken_for_a_raw_one_by_accident(opens: Opener, image: Path) -> None:
     image.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(4096 - 8))
-    with pytest.raises(ConfigError, match="a qcow2 image"):
+    with pytest.raises(ConfigError, match="it looks like qcow2"):
         opens(image)
     opens.undo.close()
     assert opens(image, format="raw").params == (4096,)
@@ -159,3 +159,67 @@ def test_what_is_no_image_is_refused_in_one_line(opens: Opener, tmp_path: Path, 
         ConfigError, match=f"^--block {path}: (No such file|expected a file or a block device)"
     ):
         opens(path)
+
+
+@pytest.fixture
+def qcow2(tmp_path: Path) -> Path:
+    if shutil.which("qemu-img") is None:
+        pytest.skip("qemu-img (Debian: qemu-utils) is not installed")
+    path = tmp_path / "image.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "64M"], check=True)
+    return path
+
+
+def based(path: Path, on: Path, format: str) -> Path:
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(on), "-F", format, str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+def test_a_qcow2_image_may_grow_to_hold_its_whole_disk(opens: Opener, qcow2: Path) -> None:
+    (most,) = opens(qcow2, format="qcow2").params
+    assert isinstance(most, int)
+    assert 64 << 20 < most < 1 << 30
+
+
+def test_what_an_image_is_based_on_is_opened_only_if_it_is_named(
+    opens: Opener, qcow2: Path, image: Path, tmp_path: Path
+) -> None:
+    path = based(tmp_path / "top.qcow2", image, "raw")
+    with pytest.raises(ConfigError, match="it is based on another image: name that with backing="):
+        opens(path, format="qcow2")
+    opens.undo.close()
+    (fd,) = opens(path, format="qcow2", backing=str(image)).fds["backing"]
+    assert os.path.sameopenfile(fd, fd) and os.fstat(fd).st_ino == image.stat().st_ino
+    assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    opens(qcow2, format="qcow2")
+    with pytest.raises(ConfigError, match="it is not based on another image"):
+        opens.undo.close()
+        opens(qcow2, format="qcow2", backing=str(image))
+
+
+def test_an_image_is_based_on_one_other_and_no_more(
+    opens: Opener, qcow2: Path, image: Path, tmp_path: Path
+) -> None:
+    middle = based(tmp_path / "middle.qcow2", image, "raw")
+    top = based(tmp_path / "top.qcow2", middle, "qcow2")
+    with pytest.raises(ConfigError, match="it looks like qcow2"):
+        opens(top, format="qcow2", backing=str(middle))
+    opens.undo.close()
+    with pytest.raises(ConfigError, match="itself based on another image"):
+        opens(top, format="qcow2", backing=str(middle), backing_format="qcow2")
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        (b"", "expected a qcow2|not a qcow2 image"),
+        (b"QFI\xfb" + bytes(508), "makes sense"),
+        (b"QFI\xfb" + b"\xff" * 508, "makes sense"),
+        (bytes(512), "not a qcow2 image"),
+    ],
+)
+def test_what_is_no_qcow2_image_is_refused(opens: Opener, image: Path, header: bytes, why: str) -> None:
+    image.write_bytes(header)
+    with pytest.raises(ConfigError, match=why):
+        opens(image, format="qcow2")

@@ -32,6 +32,8 @@ PARAMS = {
     "block_size": 512,
     "queues": 1,
     "id": b"vmsup",
+    "format": 0,
+    "backing_format": 0,
 }
 IMAGE_SIZE = 8 << 20
 MEMORY = ((0, 16 << 20), (1 << 32, 1 << 20))
@@ -110,7 +112,9 @@ class Bench:
                 weakref.finalize(self, os.close, self.memory.fd)
         self.image = os.memfd_create("image")
         os.truncate(self.image, IMAGE_SIZE)
-        weakref.finalize(self, os.close, self.image)
+        self.nothing = os.memfd_create("nothing")
+        for fd in self.image, self.nothing:
+            weakref.finalize(self, os.close, fd)
         own = entry.params if not entry.guest_memory else entry.params[len(MEMORY_PARAMS) :]
         self.ports: dict[str, Any] = {d.name: self.port(d) for d in entry.descriptors}
         values = {p.name: params.get(p.name, PARAMS.get(p.name)) for p in own if p.name != entry.fsize}
@@ -135,7 +139,7 @@ class Bench:
             case "memory":
                 return self.memory
             case "disk":
-                return Disk(self.image)
+                return Disk(self.image if name == "disk" else self.nothing)
             case "input" | "output":
                 return getattr(self, kind)
             case "tap" | "stream":
