@@ -54,7 +54,7 @@ def test_every_virtio_function_has_a_vector_and_a_kick_for_each_queue_and_guest_
         if entry.virtio is not None:
             assert entry.descriptors[0].kind == "memory"
             assert [p.name for p in entry.params[:2]] == ["mem_below_4g", "mem_above_4g"]
-            assert dict((d.name, d.count) for d in entry.descriptors)["kick"] == len(entry.virtio.queue_sizes)
+            assert {d.name: d.count for d in entry.descriptors}["kick"] == len(entry.virtio.queue_sizes)
         else:
             assert not entry.guest_memory
 
