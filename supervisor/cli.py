@@ -441,7 +441,7 @@ def _device(args: argparse.Namespace) -> int:
 
     if args.what == "list":
         for entry in CATALOG.values():
-            print(f"{entry.name:12} {entry.summary}")
+            print(f"{entry.name:17} {entry.summary}")
         return 0
     if args.name not in CATALOG:
         raise ConfigError(f"device {args.name!r} is unknown, expected one of {', '.join(CATALOG)}")

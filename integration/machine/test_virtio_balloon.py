@@ -96,6 +96,7 @@ def test_vmsup_balloon_sets_the_target_and_shows_the_guests_statistics(
     counters = json.loads(asked.communicate(timeout=PATIENCE_S)[0])
     assert asked.returncode == 0
     assert counters["target_mib"] == 8 and counters["free_bytes"] == 2 << 20
+    assert re.search(r"^free_bytes +2097152$", balloon(vmsup).stdout, re.MULTILINE)
 
 
 def test_a_vm_without_a_balloon_says_so(machine: Callable[..., Machine]) -> None:

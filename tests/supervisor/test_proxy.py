@@ -190,6 +190,7 @@ def test_failed_is_death_in_the_devices_own_words(serving):
         wire.Ready(bytes(wire.DIGEST_SIZE)),
         wire.Value(0),
         wire.Stop(),
+        wire.Set("size", 1),
         wire.Spawn("serial", "x", 0, "none", ()),
     ],
     ids=lambda m: type(m).__name__,
