@@ -20,7 +20,7 @@ from supervisor import config, fuzzoptions
 
 _EPILOG = """\
 exit codes: 0 the guest powered off, or the user stopped it; 32 the guest reset; 33 a device or vmsup
-crashed; 34 the guest panicked; 35 bad arguments or files; 129, 130,
+crashed; 34 the guest panicked; 35 bad arguments, files or policies; 129, 130,
 143 ended by SIGHUP, SIGINT, SIGTERM (128 + signal).
 
 console: Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends Ctrl-A; everything else goes to the guest.

@@ -91,7 +91,11 @@ def _socket(path: str, janitor: Janitor) -> Console:
         peer.connect(path)
         theirs, ours = _pair()
         return Console(theirs, os.dup(theirs), relay=SocketRelay(ours, None, peer))
-    peer.bind(path)
+    before = os.umask(0o177)
+    try:
+        peer.bind(path)
+    finally:
+        os.umask(before)
     peer.listen(1)  # at once: who waits for the path connects as soon as it is there
     janitor.unlink(path)
     theirs, ours = _pair()
@@ -175,7 +179,7 @@ def open_console(port: SerialConfig, janitor: Janitor) -> Console:
                 if port.type == "sink":
                     return Console(source, _null())
                 assert port.path is not None
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_CLOEXEC
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
                 return Console(source, os.open(port.path, flags, 0o600))
     except OSError as e:
         raise ConfigError(

@@ -206,9 +206,9 @@ class _Launch:
         """One step of the start: its name begins an error's text; --verbose says when it was done."""
         try:
             yield
-        except ConfigError:
+        except (ConfigError, PolicyError):
             raise  # it names the user's own file or option
-        except (VmsupError, PolicyError, jail.JailError, wire.WireError, zygote.SpawnError) as e:
+        except (VmsupError, jail.JailError, wire.WireError, zygote.SpawnError) as e:
             raise VmsupError(f"cannot {name}: {e}") from e
         except OSError as e:
             where = f"{e.filename}: " if e.filename else ""

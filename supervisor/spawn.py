@@ -12,6 +12,8 @@ from devproc.catalog import Descriptor
 from devproc.zygote import SpawnError, Zygote
 from kvmcore.errors import VmsupError
 from kvmcore.exitloop import Core
+from policies.compile import compile_notify
+from policies.parse import load
 from supervisor.host import Opened
 from supervisor.machine import Instance
 from supervisor.proxy import Proxy
@@ -60,6 +62,7 @@ class Spawner:
 
         Raises:
             VmsupError: the zygote could not make it.
+            PolicyError: because of its policy.
         """
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -81,6 +84,8 @@ class Spawner:
             access.close()
             control.close()
             os.close(log)
+            # A policy that cannot be used is for its author to mend: PolicyError says where.
+            compile_notify(load(instance.entry.name, instance.entry.slots()), jail.SETUP_CALLS)
             raise VmsupError(str(e)) from None
         finally:
             os.close(its_log)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,31 @@ def test_a_full_standard_error_changes_nothing(elf: Elf) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=full, cwd=vm.ROOT, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, b"hello")
+
+
+# -- policies that cannot be used
+
+WITH_POLICIES = """
+import sys
+from pathlib import Path
+from policies import parse
+parse.DIRECTORY = Path(sys.argv[1])
+from supervisor import cli
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("name", ["rtc", "supervisor", "vcpu"])
+def test_a_policy_that_cannot_be_used_is_named_with_its_line(elf: Elf, tmp_path: Path, name: str) -> None:
+    policies = tmp_path / "policies"
+    shutil.copytree(vm.ROOT / "policies", policies)
+    with open(policies / f"{name}.policy", "a") as policy:
+        policy.write("\nopen sesame: 1  # please\n")
+    words = [sys.executable, "-c", WITH_POLICIES, str(policies), "run", elf("idle")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=vm.ROOT, check=False, timeout=PATIENCE_S)
+    assert done.returncode == 35
+    assert done.stderr.startswith(f"vmsup: {policies}/{name}.policy:")
+    assert "open sesame: 1" in done.stderr
 
 
 # -- what is said to machines

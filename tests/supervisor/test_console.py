@@ -98,6 +98,31 @@ def test_a_pty_is_raw_linked_and_named_to_the_user(tmp_path):
     assert not os.path.lexists(link)
 
 
+def test_a_socket_is_for_its_user_alone_whatever_the_umask(janitor, tmp_path):
+    path = tmp_path / "com1"
+    before = os.umask(0)
+    try:
+        open_console(SerialConfig(1, "socket", str(path)), janitor).close()
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+
+
+def test_a_fifo_that_nobody_reads_is_refused_instead_of_waited_for(janitor, tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    port = SerialConfig(1, "file", str(path))
+    with pytest.raises(ConfigError, match=f"^--serial num=1: {path}: No such device or address$"):
+        open_console(port, janitor)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    console = open_console(port, janitor)
+    os.write(console.output, b"printed")
+    assert os.read(reader, 99) == b"printed"
+    console.close()
+    os.close(reader)
+
+
 @pytest.mark.parametrize(
     ("port", "why"),
     [
