@@ -118,15 +118,12 @@ class _Receiver:
 
     def __init__(self) -> None:
         self.chains: list[Chain] = []
+        self.room = 0  # in them, bytes
         self.starved = False  # nothing can be received until the driver notifies
         self.size = 0  # of the frame; 0 when none waits
         self.head = bytearray(_PEEK)
         self.direct = 0
         self.tail = bytearray(HEADER.size + FRAME_MAX)
-
-    @property
-    def room(self) -> int:
-        return sum(chain.write_size for chain in self.chains)
 
     def spans(self) -> list[Span]:
         return [span for chain in self.chains for span in chain.writable]
@@ -323,6 +320,7 @@ class VirtioNet(VirtioDevice):
                 r.starved = True
                 return False
             r.chains.append(chain)
+            r.room += chain.write_size
             least = HEADER.size if merges else _PEEK
             if chain.readable or chain.write_size < least:
                 self.fail(
@@ -369,6 +367,7 @@ class VirtioNet(VirtioDevice):
             chain = r.chains[len(used)]
             used.append((chain, min(left, chain.write_size)))
             left -= used[-1][1]
+            r.room -= chain.write_size
         r.head[_NUM_BUFFERS] = len(used).to_bytes(2, "little")
         spans = r.spans()
         self.memory.copy_in(spans, r.head)
@@ -490,7 +489,7 @@ class VirtioNet(VirtioDevice):
                     queue.unpop(chain)
             self._counts["rx_dropped"] += bool(r.size)
             r.chains.clear()
-            r.size = 0
+            r.room = r.size = 0
             r.starved = False
 
     def restore(self, data: bytes) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from devproc import jail
 from devproc.devices.virtio_net import GSO_TCPV4, HDR_NEEDS_CSUM, HEADER
 from devproc.driver import PciDriver, Used
 from integration.jail.stand_in import MEMORY_SIZE, Function, StandIn
@@ -27,6 +28,7 @@ HOST, GUEST = "192.0.2.1", "192.0.2.2"
 MAC = "02:00:00:00:00:02"
 RX, TX = 0, 1
 PLAIN = bytes(HEADER.size)
+_HOST_ID = 2_000_003
 _PATIENCE_S = 10.0
 _ETHERTYPE_IP, _ETHERTYPE_ARP = 0x0800, 0x0806
 
@@ -58,13 +60,14 @@ class Card:
         links = iter(tap.fds["link"])
 
         class OnTap(StandIn):
-            def _pair(self, kind: str) -> tuple[int, int]:
+            def _pair(self, kind: str, path: str | None = None) -> tuple[int, int]:
                 if kind != "tap":
-                    return super()._pair(kind)
+                    return super()._pair(kind, path)
                 return socket.dup(next(links)), -1
 
-        self.stand_in = OnTap()
-        self.stand_in.spawn("virtio-net", "net1", params=(MEMORY_SIZE, 0, *tap.params))  # type: ignore[arg-type]
+        self.stand_in = OnTap(jail.Mode.FULL)
+        params = (MEMORY_SIZE, 0, *tap.params)
+        self.stand_in.spawn("virtio-net", "net1", host_id=_HOST_ID, params=params)  # type: ignore[arg-type]
         self.fds = self.stand_in.devices["net1"]["kept"]
         self.driver = PciDriver(Function(self.stand_in.devices["net1"]["access"]), self.stand_in.guest)
         self.driver.start(self.driver.offered())
