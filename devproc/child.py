@@ -232,9 +232,12 @@ class Server:
                     device.on_deadline(now)
                     due = device.deadline_ns
                 timeout = None if due is None else max(0, due - now) / 1e9
-            readers = [access, control, *[w.fd for w in watched if w.wants_read]]
-            writers = [w.fd for w in watched if w.wants_write]
-
+            readers, writers = [access, control], []
+            for w in watched:
+                if w.wants_read:
+                    readers.append(w.fd)
+                if w.wants_write:
+                    writers.append(w.fd)
             readable, writable, _ = select.select(readers, writers, [], timeout)
             if access in readable:
                 self._serve_accesses()
