@@ -13,6 +13,8 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PACKAGES := python3-venv python3-dev gcc libc6-dev libcap-dev libseccomp2
 # For the testbed and its guests; lz4 unpacks the cloud kernel.
 PACKAGES += qemu-system-x86 busybox-static lz4
+# What guests' networks are made of: interfaces, a user's way out, a measure.
+PACKAGES += iproute2 passt iperf3
 # Independent readers of what tests make: iasl, dtc; lspci runs in a guest.
 PACKAGES += acpica-tools device-tree-compiler pciutils
 

@@ -150,6 +150,11 @@ def _arguments() -> argparse.ArgumentParser:
     )
     balloon.add_argument("--json", action="store_true", help="for machines")
 
+    link = verbs.add_parser("link", help="plug or unplug the cable of a running VM's network card")
+    link.add_argument("socket", metavar="SOCKET", help="what was given to vmsup run --socket")
+    link.add_argument("card", metavar="NAME", help="net1 is the first --net")
+    link.add_argument("plugged", choices=("up", "down"))
+
     device = verbs.add_parser("device", help="the catalogue of devices").add_subparsers(
         dest="what", required=True
     )
@@ -347,6 +352,11 @@ def _dispatch(args: argparse.Namespace) -> int:
             return 0
         case "balloon":
             return _balloon(args)
+        case "link":
+            from supervisor import control  # noqa: PLC0415
+
+            control.ask(args.socket, "link", card=args.card, plugged=args.plugged == "up")
+            return 0
         case "device":
             return _device(args)
         case "policy":

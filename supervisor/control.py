@@ -1,7 +1,8 @@
 """The control socket of a running VM: one JSON request line, one JSON answer line, over a unix stream socket.
 
-Requests are `{"do": "ps"}`, `{"do": "stop"}` and `{"do": "balloon"}`, this one perhaps with "target_mib"; an
-answer has "error" or the result's own keys.  The socket's mode, 0600, decides who may connect.
+Requests are `{"do": "ps"}`, `{"do": "stop"}`, `{"do": "balloon"}`, perhaps with "target_mib", and `{"do":
+"link"}` with "card" and "plugged"; an answer has "error" or the result's own keys.  The socket's mode, 0600,
+decides who may connect.
 """
 
 from __future__ import annotations

@@ -189,6 +189,7 @@ class _Launch:
                     "ps": lambda _: self._ps(proxies, nursery, janitor),
                     "stop": lambda _: _stop(loop),
                     "balloon": partial(self._balloon, _find(proxies, "virtio-balloon")),
+                    "link": partial(_link, proxies),
                 }
                 server = control.ControlServer(config.socket, verbs, janitor)
                 self.undo.callback(server.close)
@@ -337,6 +338,18 @@ class _Launch:
 
 def _find(proxies: Sequence[Proxy], kind: str) -> Proxy | None:
     return next((p for p in proxies if p.instance.entry.name == kind), None)
+
+
+def _link(proxies: Sequence[Proxy], request: Mapping[str, Any]) -> dict[str, Any]:
+    """The cable of a network card, in or out."""
+    name, plugged = request.get("card"), request.get("plugged")
+    cards = [p for p in proxies if any(setting.name == "link" for setting in p.instance.entry.settings)]
+    for card in cards:
+        if card.name == name and type(plugged) is bool:
+            card.set("link", int(plugged))
+            return {}
+    known = ", ".join(card.name for card in cards) or "none, it was started without --net"
+    return {"error": f"this VM has no network card {name!r:.40}, expected one of: {known}"}
 
 
 def _stop(loop: RunLoop) -> dict[str, Any]:

@@ -2,10 +2,18 @@ import os
 
 import pytest
 
-from devproc.catalog import BLOCK
+from devproc.catalog import BLOCK, NET_PAIRS
 from kvmcore.errors import ConfigError
 from supervisor import config
-from supervisor.config import BlockConfig, RunConfig, SerialConfig, build, parse_affinity, parse_cpu_list
+from supervisor.config import (
+    BlockConfig,
+    NetConfig,
+    RunConfig,
+    SerialConfig,
+    build,
+    parse_affinity,
+    parse_cpu_list,
+)
 
 BASES = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 
@@ -260,3 +268,38 @@ def test_disks_of_the_file_come_before_those_of_the_command_line(tmp_path):
     path.write_text('kernel = "k"\n[[block]]\npath = "a"\nblock-size = 4096\n')
     c = build({"config": str(path), "block": ["b"]})
     assert c.block == (BlockConfig("a", block_size=4096), BlockConfig("b"))
+
+
+def test_a_card_is_its_tap_and_what_is_said_of_it():
+    c = build({"kernel": "k", "net": ["tap0", "passt,mac=02:aB:00:00:00:01,mtu=1500,pps=9", "tap-fd=7"]})
+    assert c.net == (
+        NetConfig(tap_name="tap0"),
+        NetConfig(passt=True, mac="02:aB:00:00:00:01", mtu=1500, pps=9),
+        NetConfig(tap_fd=7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("mtu=1500", "expected one of tap-name=, tap-fd= and passt"),
+        ("tap0,passt", "expected one of tap-name=, tap-fd= and passt"),
+        ("passt=false", "expected one of tap-name=, tap-fd= and passt"),
+        ("tap0,mtu=67", "mtu: expected an integer from 68"),
+        ("tap0,mac=02:00:00:00:00", "mac: expected an address"),
+        ("tap0,mac=01:00:5e:00:00:01", "mac: expected an address"),
+        ("tap0,queues=5", "queues: expected an integer from 1 to 4"),
+        ("tap-fd=7,queues=2", "queues= goes with tap-name="),
+        ("passt,queues=2", "queues= goes with tap-name="),
+        ("tap0,tcp-ports=22", "go with passt"),
+        ("a-name-that-is-long", "tap-name: expected an interface's name"),
+        ("../../etc", "tap-name: expected an interface's name"),
+    ],
+)
+def test_cards_that_make_no_sense_are_refused(text, why):
+    with pytest.raises(ConfigError, match=f"^--net: .*{why}"):
+        build({"kernel": "k", "net": [text]})
+
+
+def test_the_guest_cannot_be_given_more_pairs_of_queues_than_the_card_has():
+    assert config.NET_QUEUES_MAX == NET_PAIRS
