@@ -572,6 +572,9 @@ class Attacker:
     def write(self, space: int, offset: int, size: int, data: int) -> None:
         pass
 
+    def stop(self) -> None:
+        pass
+
     def save(self) -> bytes:
         return b""
 

@@ -105,6 +105,9 @@ class Scribe:
         assert name == "gain"
         self.gain = value
 
+    def stop(self) -> None:
+        self.log.append(("stop",))
+
     def save(self) -> bytes:
         return self.state
 
@@ -350,6 +353,7 @@ def test_stop_writes_out_what_the_guest_sent(host: Host) -> None:
     # More than a pipe holds would wait for the host for a second; this is less and does not.
     assert host.drain(4 * 64 * 256) == b"x" * (4 * 64 * 256)
     assert host.join() is None
+    assert host.model.log[-1] == ("stop",)
 
 
 @pytest.mark.parametrize("which", ["access", "control"])
