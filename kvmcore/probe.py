@@ -33,6 +33,9 @@ REQUIRED: Final = (
     Cap.KVM_CAP_PIT2,
     Cap.KVM_CAP_IRQ_ROUTING,
     Cap.KVM_CAP_IRQFD,
+    Cap.KVM_CAP_IRQFD_RESAMPLE,
+    Cap.KVM_CAP_IOEVENTFD,
+    Cap.KVM_CAP_IOEVENTFD_ANY_LENGTH,
     Cap.KVM_CAP_IMMEDIATE_EXIT,
 )
 """The extensions without which no VM starts."""
