@@ -93,6 +93,9 @@ class Findings:
         """Make `data` small and write it down; returns the finding as the small input shows it."""
         if finding.kind != "disagree":  # which another oracle shows
             data = minimised(data, finding, self._verdicts)
+            shown = self._verdicts([data])[0]
+            if shown is not None and shown.key == finding.key:
+                finding = shown
         rep = Rep(self._entry.name, data, self._params)
         where = self._where / finding.name
         where.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from supervisor.rehearse import Rehearsal
 from supervisor.subject import Died, Subject
 
 EXIT_FINDING: Final = FOUND["crash"]
-SLOW: Final = 10  # how much longer an input may take when it is run by itself
+SLOW: Final = 5  # how much longer an input may take when it is run by itself
 _LOST_S: Final = 60.0  # a process that uses no CPU time and does not answer
 _BATCH_S: Final = 0.25  # how long a request should take
 _LOOK_S: Final = 0.01  # how often the watch looks
@@ -212,6 +212,7 @@ class Worker:
         self.busy = False
         self.backlog: list[bytes] = []
         self._token = 0
+        self._answered = 0  # inputs begun when it last answered
         self._number = self._cpu_ns = 0
         self._moved_s = 0.0
 
@@ -238,6 +239,7 @@ class Worker:
         except PeerError as e:
             raise Died("died", f"broke the protocol: {e}") from None
         self.busy = False
+        self._answered, _ = self.subject.page.current()
         return answer
 
     def watch(self) -> None:
@@ -260,14 +262,15 @@ class Worker:
         """Whether an answer, or the news of its death, has come."""
         return bool(select.select(self.subject.waiting, [], [], seconds)[0])
 
-    def again(self) -> bytes:
-        """Start another process; returns the input that the last one was about."""
-        _, data = self.subject.page.current()
+    def again(self) -> tuple[int, bytes]:
+        """Start another process; returns how many inputs the last one began unanswered, and the last."""
+        number, data = self.subject.page.current()
+        begun, self._answered = max(number - self._answered, 0), 0
         self.subject.close()
         self.busy = False
         self.lives += 1
         self.subject = self._make()
-        return data
+        return begun, data
 
     def close(self) -> None:
         self.subject.close()
@@ -433,8 +436,10 @@ class Campaign:
 
     def _bury(self, worker: Worker, death: Died) -> None:
         """An executor died of the input in its page."""
-        data = canonical(self.entry, worker.again())
-        if worker.number < self.plan.workers:
+        begun, data = worker.again()
+        data = canonical(self.entry, data)
+        if worker is not self.judge:
+            self.result.runs += begun
             worker.backlog = list(self.result.corpus.values())
         if death.kind == "hang":
             self._report(self._judged(data), data)
@@ -473,7 +478,7 @@ class Campaign:
         return found
 
     def _judged(self, data: bytes) -> Finding | None:
-        """What a process of its own finds in an input, with ten times as long."""
+        """What a process of its own finds in an input, with more time."""
         return self.verdicts([data])[0]
 
     def verdicts(self, inputs: Sequence[bytes]) -> list[Finding | None]:

@@ -21,6 +21,8 @@ from supervisor.reaper import cause
 from supervisor.spawn import host_id
 
 _READY_WITHIN_S: Final = 30.0
+_DYING_S: Final = 0.3  # between the end of its descriptors and its own
+_ASK: Final = os.WEXITED | os.WNOHANG | os.WNOWAIT
 _CPU_CLOCK: Final = 2  # CPUCLOCK_SCHED of a whole process (include/linux/posix-timers.h)
 
 
@@ -172,7 +174,11 @@ class Subject:
         listener = self._listener
         if listener is not None and select.select([listener], [], [], 0.05)[0]:
             violation = violations.read_violation(listener)
-        ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        until_s = time.monotonic() + _DYING_S
+        while (ended := os.waitid(os.P_PID, self.pid, _ASK)) is None and violation is None:
+            if time.monotonic() > until_s:
+                break
+            time.sleep(0.002)
         self._kill()
         if violation is not None:
             name = NAMES.get(violation.nr, "unknown")

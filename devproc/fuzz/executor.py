@@ -144,7 +144,7 @@ class Executor:
         found: list[dict[str, Any]] = []
         began = self._runs
         for text in asked["inputs"]:
-            self._try(canonical(self._entry, bytes.fromhex(text)), new, found)
+            self._try(canonical(self._entry, bytes.fromhex(text)), new, found, check=True)
         rnd, mutator = self._random, self._mutator
         until = began + asked["count"]
         data = b""
@@ -171,15 +171,13 @@ class Executor:
         for text in asked["inputs"]:
             data = canonical(self._entry, bytes.fromhex(text))
             error = None
-            hit = b""
             try:
-                hit = self._run(data)
+                self._run(data)
                 self._bench.check(data)
             except Exception as e:
                 error = describe(e)
-                hit = hit or self._page.map[: self._blocks]
                 self._bench = self._new_bench()
-            blocks.append(self._indices(int.from_bytes(hit, "little")))
+            blocks.append(self._indices(int.from_bytes(self._page.map[: self._blocks], "little")))
             found.append(error)
         return {"blocks": blocks, "found": found}
 
@@ -196,7 +194,9 @@ class Executor:
 
     # -- one input
 
-    def _try(self, data: bytes, new: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    def _try(
+        self, data: bytes, new: list[dict[str, Any]], found: list[dict[str, Any]], check: bool = False
+    ) -> None:
         """Run it; what is new joins the corpus and `new`, a finding that was not reported joins `found`."""
         try:
             hit = self._run(data)
@@ -206,15 +206,13 @@ class Executor:
                 self._patterns.add(hit)
                 bits = int.from_bytes(hit, "little") & ~self._seen
                 if bits:
-                    data = self._trimmed(data, bits)
-                    self._bench.reset()
-                    self._bench.run(data)
                     self._bench.check(data)
                     self._note()
+                    data = self._trimmed(data, bits)
                     self._corpus.append(data)
                     new.append({"input": data.hex(), "blocks": self._indices(bits)})
                     return
-            if not self._runs % _CHECK_EVERY:
+            if check or not self._runs % _CHECK_EVERY:
                 self._bench.check(data)
         except Exception as e:
             self._bench = self._new_bench()

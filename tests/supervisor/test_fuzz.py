@@ -1,0 +1,238 @@
+"""`vmsup fuzz` without a jail, as whoever runs the tests; integration/fuzz/test_fuzz.py has it in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from devproc import jail
+from devproc.catalog import CATALOG
+from devproc.fuzz import instrument
+from devproc.fuzz.inputs import RECORD, Op, Record, Rep, default_params, encode, parse, records, to_text
+from integration.fuzz.seeded import BUGS, plant
+from kvmcore.errors import ConfigError
+from supervisor import fuzzreport
+from supervisor.findings import Finding, minimised
+from supervisor.fuzz import Campaign, Plan, Result, name_of, read_corpus, read_dictionary, read_input
+from supervisor.subject import Died
+
+Seeded = Callable[[str], Plan]
+
+
+@pytest.fixture
+def seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seeded:
+    """Plants a bug, and gives the plan that starts from the input that shows it."""
+
+    def seed(name: str) -> Plan:
+        bug = BUGS[name]
+        entry = plant(bug.device, bug.changes, f"fuzzed_{name.replace('-', '_')}", tmp_path, monkeypatch)
+        corpus = tmp_path / "corpus"
+        corpus.mkdir(exist_ok=True)
+        head = to_text(Rep(entry.name, b"", default_params(entry)))
+        noise = "read PORT 0x0 1\n"
+        (corpus / "seed").write_text(head + noise + bug.shown_by.replace("; ", "\n") + "\n" + noise)
+        return Plan(entry.name, corpus, tmp_path / "crashes", runs=1, mode=jail.Mode.NONE, compare=False)
+
+    return seed
+
+
+def nothing(_: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("name", ["value-not-checked", "fifo-without-end", "state-not-restored"])
+def test_a_finding_is_made_small_and_kept(
+    seeded: Seeded, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = seeded(name)
+    said: list[str] = []
+    with Campaign(plan, said.append) as campaign:
+        result = campaign.run(nothing)
+    (finding,) = result.findings
+    assert finding.kind == BUGS[name].kind
+    sort, code = {"growth": ("oom", 71)}.get(finding.kind, ("crash", 77))
+    assert result.exit_code == code
+    assert finding.name == f"{sort}-{finding.key}"
+    where = plan.crashes / finding.name
+    assert str(where) in said[0]
+    data = (where / "input").read_bytes()
+    operations = BUGS[name].shown_by.count(";") + 1
+    assert len(data) <= operations * RECORD.size  # what was noise is gone
+    assert parse((where / "input.vmrep").read_text()).data == data
+    report = json.loads((where / "report.json").read_text())
+    assert (report["kind"], report["key"]) == (finding.kind, finding.key)
+    with pytest.raises(Exception) as shown:
+        runpy.run_path(str(where / "repro.py"))
+    assert str(shown.value) in finding.why
+
+
+def test_a_hang_ends_the_process_and_not_the_campaign(seeded: Seeded) -> None:
+    plan = seeded("loop-without-end")
+    with Campaign(plan, nothing) as campaign:
+        result = campaign.run(nothing)
+        assert result.findings[0].kind == "hang"
+        assert result.exit_code == 70
+        # and the next process fuzzes on
+        assert campaign.verdicts([encode([Record(Op.READ, size=1)])]) == [None]
+    assert result.runs >= 1
+    small = (plan.crashes / result.findings[0].name / "input").read_bytes()
+    assert list(records(small)) == [Record(Op.WRITE, size=1, offset=3, data=0x3A)]
+
+
+def test_the_same_bug_is_one_finding(seeded: Seeded) -> None:
+    plan = seeded("value-not-checked")
+    assert plan.corpus is not None
+    text = (plan.corpus / "seed").read_text()
+    (plan.corpus / "other").write_text(text + "write PORT 0x0 1 0x8\nwrite PORT 0x1 1 0x0\n")
+    with Campaign(plan, nothing) as campaign:
+        assert len(campaign.run(nothing).findings) == 1
+
+
+def test_what_reaches_more_is_kept_and_a_later_campaign_begins_with_it(tmp_path: Path) -> None:
+    plan = Plan("i8042", tmp_path / "corpus", tmp_path / "crashes", runs=400, mode=jail.Mode.NONE, workers=2)
+    with Campaign(plan, nothing) as campaign:
+        first = campaign.run(nothing)
+    assert first.exit_code == 0
+    assert not plan.crashes.exists()
+    assert first.runs >= 400
+    assert first.compared >= 1
+    assert {p.name for p in (tmp_path / "corpus").iterdir()} == set(first.corpus)
+    with Campaign(Plan("i8042", plan.corpus, plan.crashes, mode=jail.Mode.NONE), nothing) as campaign:
+        reached = campaign.blocks_of(list(first.corpus.values()))
+    assert set().union(*reached) == first.covered
+
+
+def test_the_bench_is_the_device_behind_the_wire(tmp_path: Path) -> None:
+    text = {
+        "serial": "write PORT 0x4 1 0xa\nwrite PORT 0x2 1 0x1\nwrite PORT 0x1 1 0x3\ninput 616263\n"
+        "read PORT 0x0 1\nclock 1000000000\nread PORT 0x2 1\nwrite PORT 0x0 1 0x41\nsave\nread PORT 0x5 1\n",
+        "rtc": "write PORT 0x0 1 0xb\nwrite PORT 0x1 1 0x52\nclock 2000000000\nwrite PORT 0x0 1 0xc\n"
+        "read PORT 0x1 1\nwall -400000000000\nwrite PORT 0x0 1 0x0\nread PORT 0x1 1\n",
+    }
+    for device, lines in text.items():
+        rep = parse(to_text(Rep(device, b"", default_params(CATALOG[device]))) + lines)
+        with Campaign(Plan(device, crashes=tmp_path, mode=jail.Mode.NONE), nothing) as campaign:
+            assert campaign.compare(rep.data) is None
+            assert campaign.result.compared == 1
+
+
+def test_a_device_that_differs_behind_the_wire_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By a global that the process of the bench has, and that of the wire has not: its coverage map.
+    changes = (
+        ("        return STATUS_OBF\n", "        return 3 if '__cov__' in globals() else STATUS_OBF\n"),
+    )
+    entry = plant("i8042", changes, "fuzzed_differs", tmp_path, monkeypatch)
+    plan = Plan(entry.name, None, tmp_path / "crashes", runs=200, mode=jail.Mode.NONE)
+    with Campaign(plan, nothing) as campaign:
+        result = campaign.run(nothing)
+    assert [f.kind for f in result.findings] == ["disagree"]
+    assert "[1, [], ''] in its process, [3, [], ''] on the bench" in result.findings[0].why
+
+
+def test_a_device_that_dies_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = "        if data & PULSE == PULSE and not data & LINE_RESET:\n"
+    changes = (
+        (before, f"        if data == 0x42:\n            import os\n            os._exit(3)\n{before}"),
+    )
+    entry = plant("i8042", changes, "fuzzed_dies", tmp_path, monkeypatch)
+    plan = Plan(entry.name, None, tmp_path / "crashes", runs=5000, mode=jail.Mode.NONE, compare=False)
+    with Campaign(plan, nothing) as campaign:
+        result = campaign.run(nothing)
+    assert [(f.kind, f.why) for f in result.findings] == [("died", "exited with status 3")]
+    (record,) = records((plan.crashes / result.findings[0].name / "input").read_bytes())
+    assert (record.op, record.offset, record.data) == (Op.WRITE, 4, 0x42)
+
+
+def test_no_process_is_left(tmp_path: Path) -> None:
+    with Campaign(Plan("pvpanic", crashes=tmp_path, runs=50, mode=jail.Mode.NONE), nothing) as campaign:
+        campaign.run(nothing)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_making_small_keeps_what_is_needed() -> None:
+    def verdicts(inputs: list[bytes]) -> list[Finding | None]:
+        """Wrong: a write of an odd number to 3 after a read of anything."""
+        found: list[Finding | None] = []
+        for data in inputs:
+            seen = False
+            wrong = False
+            for r in records(data):
+                seen |= r.op == Op.READ
+                wrong |= seen and r.op == Op.WRITE and r.offset == 3 and bool(r.data & 1)
+            found.append(Finding("value", "", (), "1") if wrong else None)
+        return found
+
+    noise = [Record(Op.CLOCK, data=5)] * 9
+    data = encode([*noise, Record(Op.READ, size=4), *noise, Record(Op.WRITE, 0, 2, 0, 3, 0x1235), *noise])
+    finding = Finding("value", "", (), "1")
+    small = minimised(data, finding, verdicts)  # type: ignore[arg-type]
+    assert list(records(small)) == [Record(Op.READ, size=1), Record(Op.WRITE, 0, 1, 0, 3, 1)]
+
+
+def test_any_file_of_a_corpus_is_an_input(tmp_path: Path) -> None:
+    (tmp_path / "afl").write_bytes(os.urandom(100))
+    (tmp_path / "text").write_text(to_text(Rep("serial", encode([Record(Op.READ, size=1)]))))
+    (tmp_path / "empty").write_bytes(b"")
+    found = read_corpus(CATALOG["serial"], tmp_path)
+    assert len(found) == 2
+    assert name_of(encode([Record(Op.READ, size=1)])) in found
+    with pytest.raises(ConfigError, match=r"text: an input for serial, not pit"):
+        read_input(CATALOG["pit"], tmp_path / "text")
+    with pytest.raises(ConfigError, match="No such file"):
+        read_input(CATALOG["pit"], tmp_path / "missing")
+
+
+def test_a_dictionary_gives_texts_and_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "words"
+    path.write_text('# words\n\nkw="AT\\x0d"\n"\\x34\\x12"\n')
+    assert read_dictionary(path) == (b"AT\r", 0x0D5441, b"\x34\x12", 0x1234)
+    path.write_text("nothing quoted\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        read_dictionary(path)
+
+
+def test_reports_are_what_their_readers_expect() -> None:
+    finding = Finding("exception", 'ValueError: "<&>"', ("devices/rtc.py:270 write_TIME",), "ab")
+    result = Result("rtc", seconds=1.0, findings=[finding])
+    suite = ET.fromstring(fuzzreport.junit(result))
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    failure = suite.find("testcase/failure")
+    assert failure is not None and failure.get("message") == finding.why
+    log = json.loads(fuzzreport.sarif(result))
+    (found,) = log["runs"][0]["results"]
+    place = found["locations"][0]["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "devproc/devices/rtc.py"
+    assert place["region"]["startLine"] == 270
+
+
+def test_the_page_marks_what_was_reached() -> None:
+    entry = CATALOG["i8042"]
+    blocks = instrument.blocks(entry)
+    (reached,) = [n for n, b in enumerate(blocks) if b.function == "I8042.read_STATUS"]
+    lines = fuzzreport.page("i8042", blocks, {reached}).splitlines()
+    assert any("return STATUS_OBF" in line and 'class="line hit"' in line for line in lines)
+    assert any("self._reset()" in line and 'class="line missed"' in line for line in lines)
+
+
+def test_a_finding_is_not_believed_further_than_it_can_be_written_down() -> None:
+    told = Finding.told({"kind": "x" * 99, "why": "y" * 9999, "frames": ["z"] * 99, "key": "../../etc"})
+    assert told is not None
+    assert (len(told.kind), len(told.why), len(told.frames)) == (32, 1000, 20)
+    assert told.key == "ec"  # hexadecimal digits, so no path
+    assert Finding.told("nothing") is None
+
+
+def test_a_death_is_told_apart_by_its_call() -> None:
+    one = Died("violation", "system call 41 socket(0x1), which its policy forbids")
+    same = Finding.of(one.kind, one.why.replace("0x1", "0x2"))
+    assert Finding.of(one.kind, one.why).key == same.key
+    assert Finding.of(one.kind, one.why.replace("41 socket", "57 fork")).key != same.key
