@@ -1,0 +1,103 @@
+"""A network card in the whole machine: a guest's frames reach passt and come back; its cable."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from devproc.devices.virtio_net import F_MAC, F_MRG_RXBUF, F_STATUS, HEADER, S_LINK_UP
+from devproc.driver import PciDriver
+from devproc.virtio import spec
+from integration.boot import vm
+from integration.machine.conftest import PATIENCE_S, Machine
+from integration.machine.remote import Remote, RemoteFunction, RemoteMemory
+
+pytestmark = pytest.mark.kvm
+
+SLOT = 1
+RINGS = 0x400000
+RX, TX = 0, 1
+MAC, ANYBODY = b"\x02\0\0\0\0\x02", b"\xff" * 6
+STATUS = 6
+HAS_ROUTE = "00000000\t" in Path("/proc/net/route").read_text()
+
+
+@pytest.fixture
+def running(machine: Callable[..., Machine]) -> Iterator[tuple[Machine, PciDriver]]:
+    if shutil.which("passt") is None:
+        pytest.skip("there is no passt")
+    if not HAS_ROUTE:
+        pytest.skip("passt needs a default route")
+    vmsup = machine("remote", "--net", "passt,mac=02:00:00:00:00:02", stdin=subprocess.PIPE)
+    guest = Remote(vmsup)
+    driver = PciDriver(RemoteFunction(guest, SLOT), RemoteMemory(guest), RINGS)  # type: ignore[arg-type]
+    driver.start(spec.F_VERSION_1 | F_MAC | F_STATUS | F_MRG_RXBUF, size=16)
+    for _ in range(8):
+        driver.queues[RX].request(1526)
+    driver.notify(RX)
+    yield vmsup, driver
+    assert guest.power_off() == 0  # and that nothing is left behind
+
+
+def until(condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until_s
+
+
+def passt_of(vmsup: Machine) -> int:
+    (pid,) = (
+        pid
+        for name, pid in vmsup.pids.items()
+        if name.startswith("child") and Path(f"/proc/{pid}/comm").read_text().startswith("passt")
+    )
+    return pid
+
+
+def link(vmsup: Machine, *args: str) -> subprocess.CompletedProcess[str]:
+    command = vm.command("link", str(vmsup.socket), *args)
+    return subprocess.run(command, capture_output=True, text=True, cwd=vm.ROOT, check=False)
+
+
+def test_a_guest_asks_by_arp_and_passt_answers(running: tuple[Machine, PciDriver]) -> None:
+    _, driver = running
+    arp = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + MAC + bytes([192, 0, 2, 2]) + bytes(6)
+    frame = ANYBODY + MAC + b"\x08\x06" + arp + bytes([192, 0, 2, 1])
+    driver.queues[TX].request(bytes(HEADER.size) + frame)
+    driver.notify(TX)
+    heard: list[bytes] = []
+
+    def answered() -> bool:
+        heard.extend(u.data[HEADER.size :] for u in driver.queues[RX].used())
+        return any(f[:6] == MAC and f[12:14] == b"\x08\x06" for f in heard)
+
+    until(answered)
+    assert len(driver.queues[TX].used()) == 1
+
+
+def test_vmsup_link_pulls_the_cable_and_plugs_it_in_again(running: tuple[Machine, PciDriver]) -> None:
+    vmsup, driver = running
+    assert driver.config(STATUS, 2) == S_LINK_UP
+    for word, status in (("down", 0), ("up", S_LINK_UP)):
+        assert link(vmsup, "net1", word).returncode == 0
+        until(lambda status=status: driver.config(STATUS, 2) == status)  # type: ignore[misc]
+    refused = link(vmsup, "net2", "down")
+    assert refused.returncode == 35
+    assert refused.stderr.endswith("this VM has no network card 'net2', expected one of: net1\n")
+
+
+def test_a_guest_whose_passt_is_gone_has_no_link_and_goes_on(running: tuple[Machine, PciDriver]) -> None:
+    vmsup, driver = running
+    os.kill(passt_of(vmsup), signal.SIGKILL)
+    until(lambda: driver.config(STATUS, 2) == 0)
+    driver.queues[TX].request(bytes(HEADER.size) + ANYBODY + MAC + bytes(50))
+    driver.notify(TX)
+    until(lambda: bool(driver.queues[TX].used()))
