@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from policies.constants import CONSTANTS
-from policies.errors import Place
+from policies.errors import Diagnostic, Place
 from policies.lint import ARGUMENT_NEEDED, DESCRIPTOR_NEEDED, NEVER, lint
 from policies.policy import Atom, Clause, Policy, Rule, clause_holds
 from policies.syscalls import ARGUMENTS, NAMES, SYSCALLS
@@ -142,6 +142,21 @@ def learn(policy: Policy, records: Iterable[str], slots: Mapping[str, int]) -> L
         propose(policy, forbidden, slots),
         tuple(sorted({nr for nr, _ in seen if nr not in NAMES})),
     )
+
+
+MARGIN: Final = frozenset(("brk", "mmap", "munmap", "mremap", "clock_gettime", "openat", "newfstatat"))
+"""Calls for when memory runs short, another host's clock, or a traceback: a run may well make none of them."""
+
+
+def idle(lesson: Lesson) -> list[Diagnostic]:
+    """A finding for each alternative of the shipped policy, `MARGIN` and log lines apart, that no call used."""
+    return [
+        Diagnostic(
+            rule.place, f"no call used `{rule.name}: {' && '.join(map(str, clause)) or rule.condition()}`"
+        )
+        for rule, clause in lesson.unneeded
+        if rule.name not in MARGIN and [a.spelled for a in clause] != ["FD_LOG"]
+    ]
 
 
 def propose(policy: Policy, seen: Mapping[Call, int], slots: Mapping[str, int]) -> Policy:

@@ -164,8 +164,10 @@ def _arguments() -> argparse.ArgumentParser:
     policy = verbs.add_parser("policy", help="what system calls a device may make").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
-    policy.add_parser("check", help="find what is wrong with policies").add_argument(
-        "names", nargs="*", metavar="NAME", help="devices or files [every shipped policy]"
+    check = policy.add_parser("check", help="find what is wrong with policies")
+    check.add_argument("names", nargs="*", metavar="NAME", help="devices or files [every shipped policy]")
+    check.add_argument(
+        "--exercise", action="store_true", help="run each device, too, and name rules that it used no call of"
     )
     policy.add_parser("show", help="a device's whole page: jail, system calls, reasons").add_argument(
         "name", metavar="NAME"

@@ -86,6 +86,10 @@ def policy(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, i
             names = args.names or [*CATALOG, *confine.POLICIES]
             ours = confine.POLICIES
             found = [d for n in names for d in commands.check([n], _slots(n), slots=n not in ours)]
+            if args.exercise:
+                from supervisor import policylab  # noqa: PLC0415 - the other verbs start no device
+
+                found += [d for n in names if n in CATALOG for d in policylab.idle(CATALOG[n], say)]
             text = "\n".join(d.render() for d in found) or f"{len(names)} policies: nothing found"
             return text, EXIT_CRASH if found else 0
         case "show" if args.name in confine.POLICIES:

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from devproc.catalog import Entry
-from kvmcore.errors import EXIT_CRASH, ConfigError
+from kvmcore.errors import EXIT_CRASH, ConfigError, VmsupError
 from policies import bpf, learn
 from policies.compile import compile_single
+from policies.errors import Diagnostic
 from policies.parse import load
 from policies.verify import KINDS, Probe, probes
 from supervisor.config import LEARN
@@ -30,13 +31,7 @@ def learnt(device: Entry, command: Sequence[str], say: Say) -> tuple[str, int]:
     Raises:
         ConfigError: `command` cannot be run, or ran no such device.
     """
-    policy = load(device.name, device.slots())
-    with tempfile.NamedTemporaryFile("r", prefix="vmsup-learn-") as records:
-        if command:
-            ended = _run(command, f"{device.name}:{records.name}")
-        else:
-            ended = _exercise(device, records.name, say)
-        lesson = learn.learn(policy, records, device.slots())
+    lesson, ended = _lesson(device, command, say)
     if not lesson.calls:
         raise ConfigError(
             ended or f"nothing learnt: no `vmsup run` with a {device.name} was run by the command"
@@ -44,6 +39,30 @@ def learnt(device: Entry, command: Sequence[str], say: Say) -> tuple[str, int]:
     if ended:
         say(f"WARNING: {ended}: there may be more to learn")
     return learn.report(lesson), EXIT_CRASH if ended or lesson.lacking.rules or lesson.unknown else 0
+
+
+def idle(device: Entry, say: Say) -> list[Diagnostic]:
+    """A finding for each alternative of the policy of `device` that an exercise of it does not use.
+
+    Raises:
+        PolicyError: the policy is wrong.
+        VmsupError: the device did not live through it.
+    """
+    lesson, ended = _lesson(device, (), say)
+    if ended:
+        raise VmsupError(ended)
+    return learn.idle(lesson)
+
+
+def _lesson(device: Entry, command: Sequence[str], say: Say) -> tuple[learn.Lesson, str]:
+    """What `command`, or an exercise, has taught, and how it failed; empty when it did not."""
+    policy = load(device.name, device.slots())
+    with tempfile.NamedTemporaryFile("r", prefix="vmsup-learn-") as records:
+        if command:
+            ended = _run(command, f"{device.name}:{records.name}")
+        else:
+            ended = _exercise(device, records.name, say)
+        return learn.learn(policy, records, device.slots()), ended
 
 
 def _run(command: Sequence[str], what: str) -> str:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from devproc.catalog import CATALOG
 from policies import bpf
-from policies.learn import Call, Lesson, answer, learn, propose, record, report
+from policies.learn import Call, Lesson, answer, idle, learn, propose, record, report
 from policies.lint import NEVER, lint
 from policies.parse import load, parse
 from policies.syscalls import NAMES, SYSCALLS
@@ -43,6 +43,17 @@ def test_a_proposal_can_be_parsed_and_answers_every_call_as_it_was_answered(
     for c in calls:
         error = answer(policy, c)
         assert proposal.verdict(*c).action == (bpf.ERRNO | error if error else bpf.ALLOW)
+
+
+def test_idle_rules_are_named_but_for_what_a_run_may_well_not_need() -> None:
+    policy = (
+        "brk: 1\nmmap: arg2 == 3\nwrite: arg0 == FD_LOG || arg0 == FD_ACCESS || arg0 == FD_CONTROL\nread: 1"
+    )
+    found = idle(lesson(policy, call("write", 3)))
+    assert [(d.place.line, d.message) for d in found] == [
+        (3, "no call used `write: arg0 == FD_CONTROL`"),
+        (4, "no call used `read: 1`"),
+    ]
 
 
 def test_a_record_survives_its_line() -> None:
