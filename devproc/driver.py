@@ -338,17 +338,20 @@ class NotReady(Exception):
 class PciDriver:
     """Brings a function up and down as Linux's virtio_pci_modern.c does, access by access.
 
-    `queues` are its rings once `start` has made them, one MiB apart from `gpa` on; `where` is, for each
+    `queues` are its rings once `start` has made them, `extent` bytes for each from `gpa` on; `where` is, for each
     structure (a `spec.CAP_` type), its offset in BAR 0.
 
     Args:
         memory: guest memory, shared with the device.
     """
 
-    def __init__(self, function: Function, memory: GuestMemory, gpa: int = 1 << 20) -> None:
+    def __init__(
+        self, function: Function, memory: GuestMemory, gpa: int = 1 << 20, extent: int = 1 << 20
+    ) -> None:
         self.function = function
         self.memory = memory
         self.gpa = gpa
+        self.extent = extent
         self.queues: list[Driver] = []
         self.where: dict[int, int] = {}
         self.msix = 0
@@ -465,7 +468,8 @@ class PciDriver:
         most = self.get(spec.QUEUE_SIZE, 2)
         assert most and not self.get(spec.QUEUE_ENABLE, 2), f"queue {index} is not to be had"
         kind = PackedDriver if features & spec.F_RING_PACKED else SplitDriver
-        queue = kind(self.memory, self.gpa + (index << 20), min(size, most) or most, features)
+        gpa = self.gpa + index * self.extent
+        queue = kind(self.memory, gpa, min(size, most) or most, features, extent=self.extent)
         self.put(spec.QUEUE_SIZE, 2, queue.size)
         for at, gpa in (
             (spec.QUEUE_DESC, queue.desc),
