@@ -145,18 +145,17 @@ def learn(policy: Policy, records: Iterable[str], slots: Mapping[str, int]) -> L
 
 
 MARGIN: Final = frozenset(("brk", "mmap", "munmap", "mremap", "clock_gettime", "openat", "newfstatat"))
-"""Calls for when memory runs short, another host's clock, or a traceback: a run may well make none of them."""
+"""For memory that grows, another host's clock, a traceback: a run may well make none of these calls."""
 
 
 def idle(lesson: Lesson) -> list[Diagnostic]:
-    """A finding for each alternative of the shipped policy, `MARGIN` and log lines apart, that no call used."""
-    return [
-        Diagnostic(
-            rule.place, f"no call used `{rule.name}: {' && '.join(map(str, clause)) or rule.condition()}`"
-        )
-        for rule, clause in lesson.unneeded
-        if rule.name not in MARGIN and [a.spelled for a in clause] != ["FD_LOG"]
-    ]
+    """A finding for each alternative that no call used, `MARGIN` and log lines apart."""
+    found = []
+    for rule, clause in lesson.unneeded:
+        if rule.name not in MARGIN and [a.spelled for a in clause] != ["FD_LOG"]:
+            condition = " && ".join(map(str, clause)) or rule.condition()
+            found.append(Diagnostic(rule.place, f"no call used `{rule.name}: {condition}`"))
+    return found
 
 
 def propose(policy: Policy, seen: Mapping[Call, int], slots: Mapping[str, int]) -> Policy:

@@ -1,7 +1,7 @@
 """What a policy may say and still should not: every finding has a place and one sentence.
 
-What is dangerous is data in this module.  Left out: rules that no test exercises, which only running the
-device can tell.
+What is dangerous is data in this module.  Left out: rules that nothing exercises, which only running the
+device can tell: policies/learn.py.
 """
 
 from __future__ import annotations
