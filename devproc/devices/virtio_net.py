@@ -68,8 +68,8 @@ _GUEST_GSO: Final = {GSO_TCPV4: F_GUEST_TSO4, GSO_TCPV6: F_GUEST_TSO6}
 CTRL_OK, CTRL_ERR = 0, 1  # 5.1.6.5
 CTRL_MAX: Final = 4096  # bytes of a command that is carried out
 
-ETH_SIZE: Final = 14
-FRAME_MAX: Final = 65535 + ETH_SIZE + 4  # an IP packet with its Ethernet header and a VLAN tag
+ETH_SIZE, _VLAN_SIZE = 14, 4
+FRAME_MAX: Final = 65535 + ETH_SIZE + _VLAN_SIZE
 _PEEK: Final = HEADER.size + 6  # read apart from the rest: the header and the destination address
 _SPANS_MAX: Final = 1000  # IOV_MAX is 1024, and a few are ours
 _BROADCAST: Final = b"\xff" * 6
@@ -337,8 +337,11 @@ class VirtioNet(VirtioDevice):
     def _wanted(self, r: _Receiver) -> bool:
         """Whether the driver can handle the frame, and wants it."""
         flags, gso_type = r.head[:2]
+        most = FRAME_MAX
+        if self.features & F_MTU and gso_type in (GSO_NONE, GSO_ECN):
+            most = self._mtu + ETH_SIZE + _VLAN_SIZE  # 5.1.4.1
         if (
-            not HEADER.size + ETH_SIZE <= r.size <= HEADER.size + FRAME_MAX
+            not HEADER.size + ETH_SIZE <= r.size <= HEADER.size + most
             or not self._plugged
             or (flags & HDR_NEEDS_CSUM and not self._offloads & F_GUEST_CSUM)
             or not _allowed(gso_type, self._offloads, _GUEST_GSO, F_GUEST_ECN)

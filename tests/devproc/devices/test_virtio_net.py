@@ -269,6 +269,16 @@ def test_the_longest_frame_is_delivered(guest: Guest) -> None:
     assert guest.frames() == [longest]
 
 
+def test_a_packet_that_exceeds_the_mtu_is_not_delivered_unless_in_segments(bench: Any) -> None:
+    """5.1.4.1."""
+    guest = Guest(bench("virtio-net", mtu=1500), FULL | net.F_MTU)
+    guest.provide(*[9000] * 4)
+    segments = header(net.HDR_NEEDS_CSUM, net.GSO_TCPV4, 54, 1448, 34, 16)
+    guest.arrive(NOTHING + frame(bytes(1505)), NOTHING + frame(bytes(1500)), segments + frame(bytes(8000)))
+    assert [len(f) - 14 for f in guest.frames()] == [1500, 8000]
+    assert guest.count("rx_dropped") == 1
+
+
 @pytest.mark.parametrize("parts", [(b"readable", 1526), (11,), (b"readable",)], ids=str)
 def test_a_buffer_that_cannot_take_a_frame_stops_the_card(guest: Guest, parts: tuple[Any, ...]) -> None:
     """Threat 5."""
