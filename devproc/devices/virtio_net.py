@@ -207,7 +207,7 @@ class VirtioNet(VirtioDevice):
         self._unicast: frozenset[bytes] = frozenset()
         self._multicast: frozenset[bytes] = frozenset()
         self._offloads = 0
-        self._active = 1
+        self._pairs = 1  # in use
         self._receivers = [_Receiver() for _ in self._links]
 
     # -- device configuration
@@ -247,9 +247,9 @@ class VirtioNet(VirtioDevice):
         pair, transmits = divmod(index, 2)
         if pair < pairs and transmits:
             self._transmit(pair)
-        elif pair < self._active:
+        elif pair < self._pairs:
             self._receivers[pair].starved = False
-            for source in range(pair, len(self._links), self._active):
+            for source in range(pair, len(self._links), self._pairs):
                 self._receive(pair, source)
         elif index == 2 * pairs and self.features & F_CTRL_VQ:
             self._control(index)
@@ -267,11 +267,11 @@ class VirtioNet(VirtioDevice):
     # -- receiving (5.1.6.3, 5.1.6.4)
 
     def _wants_frame(self, source: int) -> bool:
-        pair = source % self._active
+        pair = source % self._pairs
         return self.active and not self._receivers[pair].starved and 2 * pair not in self._due
 
     def _on_frame(self, source: int) -> None:
-        self._receive(source % self._active, source)
+        self._receive(source % self._pairs, source)
 
     def _receive(self, pair: int, source: int) -> None:
         """Frames of the host's queue `source` for the driver's `pair`, as many as make a turn."""
@@ -446,7 +446,7 @@ class VirtioNet(VirtioDevice):
             case Command.MAC_ADDR_SET, 6 if accepted & F_CTRL_MAC_ADDR:
                 self._mac = data
             case Command.MQ_VQ_PAIRS_SET, 2 if accepted & F_MQ and 1 <= value <= len(self._links):
-                self._active = value
+                self._pairs = value
                 for r in self._receivers[value:]:
                     r.size = 0
             case Command.GUEST_OFFLOADS_SET, 8 if accepted & F_CTRL_GUEST_OFFLOADS and not value & ~(
@@ -479,7 +479,7 @@ class VirtioNet(VirtioDevice):
                 unicast=tuple(sorted(self._unicast)),
                 multicast=tuple(sorted(self._multicast)),
                 offloads=self._offloads,
-                active=self._active,
+                active=self._pairs,
                 plugged=self._plugged,
             )
         )
@@ -506,7 +506,7 @@ class VirtioNet(VirtioDevice):
         self._allmulti = s.allmulti
         self._unicast = frozenset(s.unicast)
         self._multicast = frozenset(s.multicast)
-        self._active = s.active
+        self._pairs = s.active
         self._plugged = s.plugged
         self._offload(s.offloads)
 
