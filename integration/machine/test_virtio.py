@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Callable
 
 import pytest
 
-from devproc.driver import PciDriver
+from devproc.driver import PciDriver, Used
 from devproc.virtio import spec
 from devproc.wire import Space
 from integration.machine.conftest import PATIENCE_S, Machine
@@ -28,15 +29,15 @@ LEVEL, ACTIVE_LOW = 1 << 15, 1 << 13
 PIC_BASE = 0x20
 
 Start = Callable[..., Machine]
-Boot = Callable[[str], PciDriver]
+Boot = Callable[..., PciDriver]
 
 
 @pytest.fixture
 def boot(machine: Start) -> Boot:
-    """irqchip -> the driver of the random number generator in slot 1."""
+    """(irqchip, options) -> the driver of the random number generator in slot 1."""
 
-    def start(irqchip: str) -> PciDriver:
-        guest = Remote(machine("remote", "--irqchip", irqchip, stdin=subprocess.PIPE))
+    def start(irqchip: str, *options: str) -> PciDriver:
+        guest = Remote(machine("remote", "--irqchip", irqchip, *options, stdin=subprocess.PIPE))
         memory = RemoteMemory(guest)
         return PciDriver(RemoteFunction(guest, SLOT), memory, RINGS)  # type: ignore[arg-type]
 
@@ -60,9 +61,14 @@ def random_bytes(driver: PciDriver, size: int = 64) -> bytes:
     """What the device puts into a buffer, whether it interrupts or not."""
     driver.queues[0].request(size)
     driver.notify(0)
-    used = []
-    assert within_patience(lambda: used.extend(driver.queues[0].used()) or bool(used))
-    return bytes(used[0].data)
+    used: list[Used] = []
+
+    def done() -> bool:
+        used.extend(driver.queues[0].used())
+        return bool(used)
+
+    assert within_patience(done)
+    return used[0].data
 
 
 def program(driver: PciDriver, vector: int, masked: int = 0) -> None:
@@ -106,6 +112,21 @@ def test_a_bar_is_sized_and_moved_and_takes_the_kicks_along(boot: Boot) -> None:
     pci.write(Space.CONFIG, 4, 2, 4)  # memory is no longer decoded
     assert pci.guest.read(MOVED + spec.NUM_QUEUES, 2) == 0xFFFF
     assert pci.guest.power_off() == 0
+
+
+def test_a_kick_is_no_access(boot: Boot) -> None:
+    def accesses(kicks: int) -> str:
+        driver = boot("kernel", "-v")
+        pci = function(driver)
+        pci.write(Space.CONFIG, 0x10, 4, MOVED)
+        driver.start(msix=False)
+        for size in (1, 2, 4) * kicks:
+            pci.guest.write(MOVED + spec.BAR_NOTIFY, size, 0)
+        assert pci.guest.power_off() == 0
+        (line,) = re.findall(r"rng: (.*) reads, (.*) writes", pci.guest.machine.errors())
+        return str(line)
+
+    assert accesses(kicks=1) == accesses(kicks=10)
 
 
 @pytest.mark.parametrize("where", [layout.ECAM, layout.IOAPIC & -spec.BAR_SIZE])
