@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from devproc.devices import virtio_net as net
 from devproc.devices.virtio_net import (
@@ -737,3 +739,94 @@ def test_a_state_that_the_card_cannot_be_in_is_refused(guest: Guest, change: tup
     assert change[0] in saved
     with pytest.raises(ValueError, match="cannot be in that state"):
         guest.bench.fork().model.restore(saved.replace(*change))
+
+
+# -- a driver and a host that keep to nothing
+
+headers = st.one_of(
+    st.just(NOTHING),
+    st.builds(
+        header,
+        st.sampled_from((0, 1, 2, 0xFF)),
+        st.sampled_from((0, 1, 4, 0x81, 0x84, 3)),
+        st.sampled_from((0, 54, 0xFFFF)),
+        st.sampled_from((0, 1448, 0xFFFF)),
+        st.sampled_from((0, 14, 34, 0xFFFF)),
+        st.sampled_from((0, 16, 0xFFFF)),
+    ),
+    st.binary(min_size=12, max_size=12),
+)
+frames = st.sampled_from((0, 13, 14, 60, 1514, 9000, FRAME_MAX, FRAME_MAX + 1)).map(
+    lambda n: (MAC + bytes(n))[:n]
+)
+commands = st.one_of(
+    st.tuples(st.sampled_from(sorted(Command)), st.binary(max_size=20)).map(
+        lambda c: c[0].to_bytes(2, "big") + c[1]
+    ),
+    st.binary(max_size=30),
+)
+parts = st.lists(st.sampled_from((1, 11, 12, 17, 18, 64, 1526, 9000)), min_size=1, max_size=4)
+actions = st.one_of(
+    st.tuples(st.just("provide"), parts),
+    st.tuples(st.just("send"), headers, frames, st.integers(0, 3)),
+    st.tuples(st.just("command"), commands, st.integers(0, 2)),
+    st.tuples(st.just("arrive"), headers, frames),
+    st.tuples(st.just("room"), st.integers(0, 5)),
+    st.tuples(
+        st.just("corrupt"), st.integers(0, 2), st.integers(0, 20000), st.binary(min_size=1, max_size=16)
+    ),
+    st.tuples(st.just("plug"), st.booleans()),
+    st.tuples(st.just("reset")),
+    st.tuples(st.just("fork")),
+)
+
+
+class Chaos(Guest):
+    """`Guest` whose rings may be full or nonsense."""
+
+    def act(self, what: str, *args: Any) -> None:
+        match what, args:
+            case "provide", (sizes,):
+                self._request(RX, *sizes)
+            case "send", (head, data, cut):
+                whole = head + data
+                self._request(TX, *[p for p in (whole[:cut], whole[cut:]) if p])
+            case "command", (data, room):
+                self._request(CTRL, *([data] if data else []), *([room] if room else []))
+            case "arrive", (head, data):
+                self.arrive(head + data)
+            case "room", (frames,):
+                self.cable.room = frames
+                self.cable.on_room()
+            case "corrupt", (queue, at, data):
+                self.bench.memory.write(self.queues[queue].desc + at, data)
+            case "plug", (plugged,):
+                self.model.set("link", plugged)
+            case "reset", _:
+                self.cable.incoming.clear()
+                self.driver.start(FULL)
+                self.queues = self.driver.queues
+            case "fork", _:
+                saved = self.model.save()
+                self.model.restore(saved)
+                assert self.model.save() == saved
+        self.bench.pump()
+
+    def _request(self, queue: int, *parts: bytes | int) -> None:
+        if self.queues[queue].free >= len(parts) and parts:
+            self.queues[queue].request(*parts)
+            self.driver.notify(queue)
+
+
+@given(script=st.lists(actions, max_size=40), ring=st.sampled_from((0, EVERY_RING)))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_driver_and_host_do_only_frames_with_sound_headers_are_sent(
+    bench: Any, script: list[tuple[Any, ...]], ring: int
+) -> None:
+    chaos = Chaos(bench("virtio-net"), FULL | ring)
+    for what, *args in script:
+        chaos.act(what, *args)
+    for sent in chaos.cable.sent:
+        size = len(sent) - HEADER.size
+        assert 14 <= size <= FRAME_MAX
+        assert net.checked_header(sent[: HEADER.size], size, FULL) == sent[: HEADER.size]
