@@ -1,16 +1,20 @@
 """A jailed network card on a real tap, its rings driven from here: what the host's kernel makes of it.
 
-Run by test_tap.py in a network namespace of its own; prints one line of JSON.
+Run by test_tap.py in a network namespace of its own, with "tap-name" or "tap-fd" to say how the card is given
+the tap; prints one line of JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import select
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +23,7 @@ from devproc import jail
 from devproc.devices.virtio_net import GSO_TCPV4, HDR_NEEDS_CSUM, HEADER
 from devproc.driver import PciDriver, Used
 from integration.jail.stand_in import MEMORY_SIZE, Function, StandIn
+from kvmcore.errors import ConfigError
 from supervisor.config import NetConfig
 from supervisor.host import Host
 from supervisor.nets import open_net
@@ -27,6 +32,8 @@ TAP = "tap0"
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 MAC = "02:00:00:00:00:02"
 RX, TX = 0, 1
+TUNSETIFF = 0x400454CA
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 PLAIN = bytes(HEADER.size)
 _HOST_ID = 2_000_003
 _PATIENCE_S = 10.0
@@ -55,8 +62,8 @@ def pseudo(protocol: int, size: int) -> int:
 class Card:
     """A jailed virtio-net, and its driver."""
 
-    def __init__(self, undo: ExitStack) -> None:
-        tap = open_net(NetConfig(tap_name=TAP, mac=MAC), Host(undo, None, print))  # type: ignore[arg-type]
+    def __init__(self, net: NetConfig, undo: ExitStack) -> None:
+        tap = open_net(net, Host(undo, None, print))  # type: ignore[arg-type]
         links = iter(tap.fds["link"])
 
         class OnTap(StandIn):
@@ -165,7 +172,14 @@ def segments_to_host(card: Card, host: bytes) -> int:
     return int(struct.unpack(">I", answer[42:46])[0]) - sequence
 
 
-def main() -> None:
+def opened(flags: int) -> int:
+    """A descriptor of the tap, as whoever starts vmsup may open it."""
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", TAP.encode(), flags))
+    return fd
+
+
+def main(how: str) -> None:
     for words in (
         f"tuntap add {TAP} mode tap",
         f"address add {HOST}/24 dev {TAP}",
@@ -174,7 +188,16 @@ def main() -> None:
     ):
         subprocess.run(["ip", *words.split()], check=True)
     with ExitStack() as undo:
-        card = Card(undo)
+        if how == "tap-name":
+            net = NetConfig(tap_name=TAP, mac=MAC)
+        else:
+            bare = opened(IFF_TAP | IFF_NO_PI)
+            with contextlib.suppress(ConfigError):
+                open_net(NetConfig(tap_fd=bare), Host(undo, None, print))  # type: ignore[arg-type]
+                raise AssertionError("a tap without headers was taken")
+            os.close(bare)
+            net = NetConfig(tap_fd=opened(IFF_TAP | IFF_NO_PI | IFF_VNET_HDR), mac=MAC)
+        card = Card(net, undo)
         host = resolve(card)
         print(
             json.dumps(
@@ -190,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -13,14 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_jailed_card_and_the_host_s_kernel_talk() -> None:
+@pytest.mark.parametrize("how", ["tap-name", "tap-fd"])
+def test_a_jailed_card_and_the_host_s_kernel_talk(how: str) -> None:
     if os.geteuid() != 0:
         pytest.skip("making a tap in a network namespace needs root")
     if not os.path.exists("/dev/net/tun"):
         pytest.skip("there is no /dev/net/tun")
     path = f"{ROOT}:{ROOT / 'integration/jail'}"  # what stand_in.py imports by name
     done = subprocess.run(
-        ["unshare", "--net", sys.executable, "-m", "integration.net.talk"],
+        ["unshare", "--net", sys.executable, "-m", "integration.net.talk", how],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
