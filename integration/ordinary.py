@@ -15,7 +15,7 @@ _UID = 1000
 _NEEDED = f"import msgpack, prctl, kvmcore._core, devproc.child, supervisor.cli; open({__file__!r})"
 
 
-def as_user() -> list[str]:
+def as_user(python: str = sys.executable) -> list[str]:
     """The words in front of a command that is to run as an ordinary user, none if we are one; or skips.
 
     A checkout or an interpreter in somebody's private home directory is nothing an ordinary user can run.
@@ -25,11 +25,11 @@ def as_user() -> list[str]:
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv (util-linux) is needed to become an ordinary user")
     words = ["setpriv", f"--reuid={_UID}", f"--regid={_UID}", "--clear-groups"]
-    try_it = [*words, sys.executable, "-c", _NEEDED]
+    try_it = [*words, python, "-c", _NEEDED]
     done = subprocess.run(
         try_it, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False
     )
     if done.returncode:
         why = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        pytest.skip(f"uid {_UID} cannot run vmsup from {ROOT} with {sys.executable}: {''.join(why)}")
+        pytest.skip(f"uid {_UID} cannot run vmsup from {ROOT} with {python}: {''.join(why)}")
     return words
