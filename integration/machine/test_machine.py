@@ -32,7 +32,10 @@ DEVICES = (
     "pvpanic",
     "pci-host",
     "rng",
+    "console",
+    "balloon",
 )
+ALL = ("--irqchip", "split", "--serial", "sink,hardware=virtio-console", "--balloon")
 
 
 @pytest.mark.parametrize("guest", ["ports", "hole"])
@@ -62,7 +65,7 @@ def test_the_tsc_can_be_calibrated_against_the_pit(elf: Callable[[str], str], ir
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_killed_device_ends_the_vm_by_name(machine: Start, name: str) -> None:
-    one = machine("idle", "--irqchip", "split")
+    one = machine("idle", *ALL)
     os.kill(one.pids[name], signal.SIGKILL)
     assert one.end() == 33
     assert one.errors() == f"vmsup: {name}: killed by SIGKILL\n"
@@ -70,7 +73,7 @@ def test_a_killed_device_ends_the_vm_by_name(machine: Start, name: str) -> None:
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_stopped_device_ends_the_vm_by_name(machine: Start, name: str) -> None:
-    one = machine("idle", "--irqchip", "split")
+    one = machine("idle", *ALL)
     os.kill(one.pids[name], signal.SIGSTOP)
     assert one.end() == 33
     assert one.errors() == f"vmsup: {name}: stopped by SIGSTOP\n"
