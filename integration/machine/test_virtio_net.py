@@ -17,7 +17,7 @@ from devproc.devices.virtio_net import F_MAC, F_MRG_RXBUF, F_STATUS, HEADER, S_L
 from devproc.driver import PciDriver
 from devproc.virtio import spec
 from integration.boot import vm
-from integration.machine.conftest import PATIENCE_S, Machine
+from integration.machine.conftest import PATIENCE_S, Machine, alive
 from integration.machine.remote import Remote, RemoteFunction, RemoteMemory
 
 pytestmark = pytest.mark.kvm
@@ -31,12 +31,19 @@ HAS_ROUTE = "00000000\t" in Path("/proc/net/route").read_text()
 
 
 @pytest.fixture
-def running(machine: Callable[..., Machine]) -> Iterator[tuple[Machine, PciDriver]]:
+def on_passt() -> tuple[str, str]:
     if shutil.which("passt") is None:
         pytest.skip("there is no passt")
     if not HAS_ROUTE:
         pytest.skip("passt needs a default route")
-    vmsup = machine("remote", "--net", "passt,mac=02:00:00:00:00:02", stdin=subprocess.PIPE)
+    return "--net", "passt,mac=02:00:00:00:00:02"
+
+
+@pytest.fixture
+def running(
+    machine: Callable[..., Machine], on_passt: tuple[str, str]
+) -> Iterator[tuple[Machine, PciDriver]]:
+    vmsup = machine("remote", *on_passt, stdin=subprocess.PIPE)
     guest = Remote(vmsup)
     driver = PciDriver(RemoteFunction(guest, SLOT), RemoteMemory(guest), RINGS)  # type: ignore[arg-type]
     driver.start(spec.F_VERSION_1 | F_MAC | F_STATUS | F_MRG_RXBUF, size=16)
@@ -101,3 +108,12 @@ def test_a_guest_whose_passt_is_gone_has_no_link_and_goes_on(running: tuple[Mach
     driver.queues[TX].request(bytes(HEADER.size) + ANYBODY + MAC + bytes(50))
     driver.notify(TX)
     until(lambda: bool(driver.queues[TX].used()))
+
+
+def test_passt_does_not_outlive_a_supervisor_that_is_killed(
+    machine: Callable[..., Machine], on_passt: tuple[str, str]
+) -> None:
+    vmsup = machine("idle", *on_passt)
+    passt = passt_of(vmsup)
+    vmsup.process.kill()
+    until(lambda: not alive(passt))
