@@ -93,6 +93,7 @@ class Entry:
     sources: tuple[Literal["clock", "wall", "entropy", "log"], ...] = ()  # of the host, without a descriptor
     settings: tuple[Param, ...] = ()  # what `Set` may change while it serves
     virtio: Virtio | None = None
+    patience_s: int = 0  # how much longer than --device-timeout it may take: its host's storage may
     data_mib: int = 64  # RLIMIT_DATA
     fsize: int | str = 0  # RLIMIT_FSIZE in bytes, or the parameter that gives it: no file grows beyond
     without: frozenset[str] = frozenset()  # layers of the jail left out: only what tests the others does that
@@ -330,6 +331,7 @@ CATALOG: Final[dict[str, Entry]] = {
                 Param("fsize", 0, 1 << 62, "bytes that the image may have"),
             ),
             sources=("clock",),
+            patience_s=60,
             fsize="fsize",
         ),
     )

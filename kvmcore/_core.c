@@ -41,6 +41,7 @@
 struct device {
     pthread_mutex_t lock;  /* held from a request to its reply */
     int fd;                /* SOCK_SEQPACKET */
+    uint64_t deadline_ns;  /* how long it may hold up one access */
     _Atomic uint32_t gone; /* GONE(), set once */
     _Atomic uint64_t reads, writes, wait_ns;
 };
@@ -232,10 +233,10 @@ static uint32_t device_receive(struct device *d, uint64_t tag, uint64_t *value, 
 }
 
 /* The device for one transaction, until device_release; the wait counts towards the deadline. */
-static uint32_t device_acquire(struct core *core, struct device *d, uint64_t *start_ns, uint64_t *deadline_ns)
+static uint32_t device_acquire(struct device *d, uint64_t *start_ns, uint64_t *deadline_ns)
 {
     *start_ns = now_ns();
-    *deadline_ns = *start_ns + core->deadline_ns;
+    *deadline_ns = *start_ns + d->deadline_ns;
     struct timespec until = {(time_t)(*deadline_ns / NS_PER_S), (long)(*deadline_ns % NS_PER_S)};
     if (pthread_mutex_clocklock(&d->lock, CLOCK_MONOTONIC, &until))
         return device_die(d, GONE(CAUSE_TIMEOUT, 0));
@@ -252,12 +253,11 @@ static void device_release(struct device *d, uint64_t start_ns, _Atomic uint64_t
     pthread_mutex_unlock(&d->lock);
 }
 
-static uint32_t device_read(struct core *core, struct device *d, uint32_t space, uint64_t offset,
-                            uint32_t size, uint64_t *data)
+static uint32_t device_read(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t *data)
 {
     uint64_t start_ns, deadline_ns;
     uint8_t frame[FRAME_MAX];
-    uint32_t gone = device_acquire(core, d, &start_ns, &deadline_ns);
+    uint32_t gone = device_acquire(d, &start_ns, &deadline_ns);
     if (gone)
         return gone;
     gone = device_send(d, frame, pack_read(frame, space, offset, size), deadline_ns);
@@ -269,12 +269,12 @@ static uint32_t device_read(struct core *core, struct device *d, uint32_t space,
     return gone;
 }
 
-static uint32_t device_write(struct core *core, struct device *d, uint32_t space, uint64_t offset,
-                             uint32_t size, uint64_t data, bool posted)
+static uint32_t device_write(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t data,
+                             bool posted)
 {
     uint64_t start_ns, deadline_ns;
     uint8_t frame[FRAME_MAX];
-    uint32_t gone = device_acquire(core, d, &start_ns, &deadline_ns);
+    uint32_t gone = device_acquire(d, &start_ns, &deadline_ns);
     if (gone)
         return gone;
     gone = device_send(d, frame, pack_write(frame, space, offset, size, data, posted), deadline_ns);
@@ -379,8 +379,8 @@ static int serve_piece(struct core_vcpu *v, struct core_route *route, uint64_t a
     if (route->kind == ROUTE_DEVICE) {
         struct device *d = &core->devices[route->index];
         uint64_t offset = route->base_offset + (addr - route->start);
-        uint32_t gone = is_write ? device_write(core, d, route->space, offset, size, value, true)
-                                 : device_read(core, d, route->space, offset, size, &value);
+        uint32_t gone = is_write ? device_write(d, route->space, offset, size, value, true)
+                                 : device_read(d, route->space, offset, size, &value);
         if (gone) {
             v->exit.index = route->index;
             v->exit.cause = GONE_CAUSE(gone);
@@ -669,8 +669,8 @@ static int access_channel(struct core *core, int fd)
     return own;
 }
 
-/* The new device's index, or -1 with errno.  `fd` stays the caller's. */
-int core_add_device(struct core *core, int fd)
+/* The new device's index, or -1 with errno.  `fd` stays the caller's; `patience_ms` is on top of the deadline. */
+int core_add_device(struct core *core, int fd, uint32_t patience_ms)
 {
     int own = access_channel(core, fd);
     if (own < 0)
@@ -679,6 +679,7 @@ int core_add_device(struct core *core, int fd)
     uint32_t index = core->n_devices;
     if (index < CORE_DEVICES_MAX) {
         core->devices[index].fd = own;
+        core->devices[index].deadline_ns = core->deadline_ns + patience_ms * NS_PER_MS;
         pthread_mutex_init(&core->devices[index].lock, NULL);
         atomic_store(&core->n_devices, index + 1);
     }
@@ -743,7 +744,7 @@ uint32_t core_read(struct core *core, uint32_t index, uint32_t space, uint64_t o
 {
     if (index >= core->n_devices || !is_access_size(size))
         return CORE_INVALID;
-    return device_read(core, &core->devices[index], space, offset, size, data);
+    return device_read(&core->devices[index], space, offset, size, data);
 }
 
 uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t offset, uint32_t size,
@@ -751,7 +752,7 @@ uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t 
 {
     if (index >= core->n_devices || !is_access_size(size) || data > all_ones(size))
         return CORE_INVALID;
-    return device_write(core, &core->devices[index], space, offset, size, data, posted);
+    return device_write(&core->devices[index], space, offset, size, data, posted);
 }
 
 /* Function `devfn` of bus 0 is device `index` from now on. */

@@ -115,13 +115,15 @@ class Core:
             raise MemoryError("exit loop")
         self._core = ffi.gc(core, lib.core_free)
 
-    def add_device(self, access_fd: int) -> int:
+    def add_device(self, access_fd: int, patience_ms: int = 0) -> int:
         """The index of a new device behind `access_fd`, which is duplicated (and made blocking).
+
+        `patience_ms`: how much longer than the deadline it may hold up an access.
 
         Raises:
             OSError: it is not a SOCK_SEQPACKET socket, or there are CORE_DEVICES_MAX devices.
         """
-        index: int = lib.core_add_device(self._core, access_fd)
+        index: int = lib.core_add_device(self._core, access_fd, patience_ms)
         if index < 0:
             raise OSError(ffi.errno, f"access channel: {os.strerror(ffi.errno)}")
         return index

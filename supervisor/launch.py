@@ -171,7 +171,7 @@ class _Launch:
                 host.keyboard,
                 resized,
                 host.watched,
-                config.device_timeout,
+                config.device_timeout + max(i.entry.patience_s for i in instances),
                 nursery.pid,
             )
             threads = [

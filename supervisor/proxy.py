@@ -65,14 +65,14 @@ class Proxy:
         self.control = zygote.control_channel(control)
         self._access = access
         self._core = core
-        self._timeout_s = timeout_s
+        self._timeout_s = timeout_s + instance.entry.patience_s
         self._tell = say
         self._said = 0
         self._said_since_s = 0.0
         self._log_rest = b""
         self._token = 0
         self._asked_at_s = 0.0
-        self.index = core.add_device(access.fileno())
+        self.index = core.add_device(access.fileno(), instance.entry.patience_s * 1000)
         os.set_blocking(log, False)
 
     def await_ready(self, mode: jail.Mode, watch: Callable[[int], None] | None = None) -> None:

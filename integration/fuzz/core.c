@@ -215,7 +215,7 @@ static void add_device(void)
     if (n_devices == DEVICES)
         return;
     REQUIRE(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
-    REQUIRE(core_add_device(core, pair[0]) == (int)n_devices);
+    REQUIRE(core_add_device(core, pair[0], 0) == (int)n_devices);
     close(pair[0]);
     peers[n_devices++] = pair[1];
 }

@@ -136,7 +136,7 @@ def test_mmio_of_every_size_reaches_its_device(machine: Machine, size: int) -> N
     device = Device()
     index = machine.add(device)
     base = (1 << 52) - 0x1000
-    machine.core.set_routes([], [Route.device(base, 0x1000, index, wire.wire.Space.BAR0)])
+    machine.core.set_routes([], [Route.device(base, 0x1000, index, wire.Space.BAR0)])
     value = bytes(range(0xF0, 0xF0 + size))
     assert machine.mmio(base + 0xFF0, size, value) is None
     assert machine.mmio(base + 0xFF8, size) is None
@@ -144,8 +144,8 @@ def test_mmio_of_every_size_reaches_its_device(machine: Machine, size: int) -> N
     machine.core.mark_dead(index)
     data = int.from_bytes(value, "little")
     assert device.finish() == [
-        wire.Write(wire.wire.Space.BAR0, 0xFF0, size, data, True),
-        wire.Read(wire.wire.Space.BAR0, 0xFF8, size),
+        wire.Write(wire.Space.BAR0, 0xFF0, size, data, True),
+        wire.Read(wire.Space.BAR0, 0xFF8, size),
     ]
 
 
@@ -586,6 +586,40 @@ def test_a_device_that_does_not_answer_is_dead_at_the_deadline(machine: Machine)
     with pytest.raises(DeviceGone, match="did not answer"):
         machine.core.read(0, 0, 0, 1)
     release.set()
+
+
+def test_a_patient_deadline_is_the_devices_own(machine: Machine) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    patient = machine.core.add_device(ours.fileno(), 60_000)
+
+    def answer_late() -> None:
+        theirs.recv(64)
+        hung.set()
+        assert died.wait(30)
+        theirs.send(wire.encode(wire.Value(7)))
+
+    def hang(read: wire.Read) -> bytes | None:
+        assert hung.wait(30)
+        died.wait(30)
+        return None
+
+    hung, died = threading.Event(), threading.Event()
+    late = threading.Thread(target=answer_late)
+    late.start()
+    impatient = machine.add(Device(hang))
+
+    def look() -> None:
+        with pytest.raises(DeviceGone):
+            machine.core.read(impatient, 0, 0, 1)
+        died.set()
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    assert machine.core.read(patient, 0, 0, 1) == 7
+    looker.join()
+    late.join()
+    ours.close()
+    theirs.close()
 
 
 def test_a_device_that_reads_nothing_is_dead_when_its_channel_is_full(machine: Machine) -> None:
