@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,24 @@ class Image:
 Make = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[tuple[str | Path | int, ...], bytes]:
+    """Images as qemu-img made them, by how."""
+    return {}
+
+
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
+def make(tmp_path: Path, made: dict[tuple[str | Path | int, ...], bytes]) -> Make:
     def make(options: str = "", size: int = SIZE, *more: str | Path) -> Path:
         path = tmp_path / "image.qcow2"
-        qemu_img("create", "-q", "-f", "qcow2", *(["-o", options] if options else []), *more, path, str(size))
+        if (options, size, *more) not in made:
+            chosen = ["-o", options] if options else []
+            qemu_img("create", "-q", "-f", "qcow2", *chosen, *more, path, str(size))
+            made[options, size, *more] = path.read_bytes()
+        path.write_bytes(made[options, size, *more])
         return path
 
-    yield make
+    return make
 
 
 def content(seed: int, size: int = SIZE) -> bytes:
@@ -115,14 +125,14 @@ def play(image: Image, seed: int, rounds: int = 60) -> None:
 
 
 @pytest.mark.parametrize("options", MAKES.values(), ids=MAKES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_is_written_is_what_qemu_reads(make: Make, options: str, seed: int) -> None:
     image = Image(make(options), bytes(SIZE))
     play(image, seed)
     image.finish()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_an_image_is_used_again_and_again(make: Make, seed: int) -> None:
     path, expected = make("cluster_size=4k"), bytes(SIZE)
     for again in range(4):
@@ -157,7 +167,7 @@ def test_a_reopened_image_uses_the_holes_of_the_last_time(make: Make) -> None:
 
 @pytest.mark.parametrize("backed", ["raw", "qcow2"])
 @pytest.mark.parametrize("options", ["", "compat=0.10"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_is_not_in_the_image_is_in_what_it_is_based_on(
     make: Make, tmp_path: Path, backed: str, options: str, seed: int
 ) -> None:
@@ -265,14 +275,10 @@ def test_a_full_host_is_an_error_and_no_damage(make: Make, monkeypatch: pytest.M
         ("extended_l2=on", "features that are not here"),
         ("compression_type=zstd", "features that are not here"),
         ("refcount_bits=1", "reference counts of 1 bits"),
-        ("encryption=on", "no image"),
     ],
 )
 def test_what_is_not_here_is_refused_in_one_line(make: Make, options: str, why: str) -> None:
-    try:
-        path = make(options)
-    except AssertionError:
-        pytest.skip(f"this qemu-img cannot make {options}")
+    path = make(options)
     with pytest.raises(Qcow2Error, match=why):
         Image(path, b"")
 
@@ -292,7 +298,7 @@ class Bounded(Disk):
         super().extend(length)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(60))
 def test_no_image_makes_it_raise_anything_but_its_errors(make: Make, seed: int) -> None:
     """Threats 1 to 4: random damage to the metadata, then random requests."""
     rng = random.Random(seed)
