@@ -338,8 +338,8 @@ class NotReady(Exception):
 class PciDriver:
     """Brings a function up and down as Linux's virtio_pci_modern.c does, access by access.
 
-    `queues` are its rings once `start` has made them, `extent` bytes for each from `gpa` on; `where` is, for each
-    structure (a `spec.CAP_` type), its offset in BAR 0.
+    `queues` are its rings once `start` has made them, `extent` bytes for each from `gpa` on; `where` is,
+    for each structure (a `spec.CAP_` type), its offset in BAR 0.
 
     Args:
         memory: guest memory, shared with the device.

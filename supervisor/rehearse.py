@@ -14,8 +14,7 @@ from typing import Any, Final
 from devproc import jail, zygote
 from devproc.catalog import Entry
 from devproc.channel import ChannelClosed
-from devproc.fuzz.bench import REPEATS_MAX
-from devproc.fuzz.inputs import Op, Record, Rep, records
+from devproc.fuzz.inputs import REPEATS_MAX, Op, Record, Rep, records
 from devproc.wire import Done, PeerError, Ping, Pong, Read, Restore, Save, State, Value, Write
 from supervisor.subject import Died, Subject
 

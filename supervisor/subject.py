@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -11,7 +12,7 @@ import time
 from typing import Final, Self
 
 from devproc import jail, violations, wire, zygote
-from devproc.catalog import Entry
+from devproc.catalog import MEMORY_PARAMS, Entry
 from devproc.channel import Channel, ChannelClosed
 from devproc.fuzz import page
 from devproc.wire import ACCESS_TABLE, PeerError, Sender
@@ -96,9 +97,11 @@ class Subject:
         undo.callback(os.close, self._log)
         fds = [its_log, its_access.fileno(), its_control.fileno()]
         theirs = [its_log]
+        given = entry.check_params(params)
+        memory = sum(int(given[p.name]) for p in MEMORY_PARAMS if p.name in given)
         for d, numbers in entry.own_slots():
             for _ in numbers:
-                fds.append(self._descriptor(d.kind, theirs))
+                fds.append(self._descriptor(d.kind, theirs, memory))
         memfd = page.create()
         theirs.append(memfd)
         self.page = page.Page(memfd)
@@ -125,15 +128,17 @@ class Subject:
         except (zygote.SpawnError, PeerError, ChannelClosed, TimeoutError) as e:
             raise VmsupError(f"{entry.name}: {e or 'died before it was ready'}") from None
 
-    def _descriptor(self, kind: str, theirs: list[int]) -> int:
+    def _descriptor(self, kind: str, theirs: list[int], memory: int) -> int:
         """What the process is handed for one of its entry's descriptors."""
         if kind == "signal":
             fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self.signals.append(fd)
             self._undo.callback(os.close, fd)
             return fd
-        if kind not in ("input", "output"):
-            raise VmsupError(f"cannot fuzz a device with a {kind} descriptor yet")
+        if kind not in ("input", "output"):  # which a bench stands in for; guest memory is real
+            fd = _stand_in(kind, memory)
+            theirs.append(fd)
+            return fd
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         ours, its = (writer, reader) if kind == "input" else (reader, writer)
         if kind == "input":
@@ -204,3 +209,14 @@ class Subject:
             os.close(self._listener)
             self._listener = None
         self._undo.close()
+
+
+def _stand_in(kind: str, memory: int) -> int:
+    """A descriptor for a port that an executor does not use, or for guest memory of so many bytes."""
+    if kind == "kick":
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    fd = os.memfd_create(kind, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    if kind == "memory":
+        os.ftruncate(fd, memory)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd

@@ -1,20 +1,7 @@
 """A device model on ports that are not the host's, put through an input, and what must hold meanwhile.
 
 It drives the model as `devproc/child.py` does: after each operation a deadline that has passed, then input
-that is wanted, until neither is left.  Python corrupts no memory, so each oracle says what it looks for; a
-`Finding` names its kind:
-
-    exception   anything raised out of the model, in whatever it was asked
-    value       a read gave what does not fit its size
-    busy        a deadline or an input that the model is called for and leaves as it is: the loop would spin
-    storm       more edges in one operation than EDGES_MAX
-    cause       edges that go on while a register is read again and again and nothing else happens
-    growth      the model's containers hold more than they did, by GROWTH_MAX
-    restore     what was saved is not what a restored model saves
-    fresh       a model that was reset to its first state does not behave as a new one
-
-The others need a process, and are the supervisor's: hang, died, violation, disagree
-(supervisor/fuzzworker.py).
+that is wanted, until neither is left.  The oracles are listed in finding.py.
 """
 
 from __future__ import annotations
@@ -25,69 +12,31 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from devproc import regs
-from devproc.catalog import Entry, Params
-from devproc.fuzz.inputs import CLOCK_START_NS, RECORD, ROOM_MAX, WALL_START_NS, Op, Rep
+from devproc.catalog import MEMORY_PARAMS, Descriptor, Entry, Params
+from devproc.fuzz import host
+from devproc.fuzz.finding import Finding
+from devproc.fuzz.guest import Guest
+from devproc.fuzz.inputs import CLOCK_START_NS, RECORD, REPEATS_MAX, WALL_START_NS, Op, Rep
 from devproc.ports import Device
+from kvmcore.memory import GuestMemory
 
 EDGES_MAX: Final = 16
 GROWTH_MAX: Final = 4096
-REPEATS_MAX: Final = 8192  # in one input: more would take as long as what hangs
 PENDING_MAX: Final = 1 << 16  # bytes of DATA that wait
 _SETTLE: Final = 64  # reads after which reading alone must not interrupt any more
 _I63: Final = 1 << 63
+CALLS_MAX: Final = 256  # of on_deadline without a change of time: a queue may need several
+_DISCARDING: Final = {"virtio-balloon"}  # what gives guest memory back to the host
 _REPEAT: Final = int(Op.REPEAT)
 
 
-class Finding(Exception):
-    """An oracle's word; `kind` is in this module's list, `why` one line."""
-
-    def __init__(self, kind: str, why: str) -> None:
-        super().__init__(why)
-        self.kind = kind
-        self.why = why
-
-
 class Step(NamedTuple):
-    """What one operation brought: the value of a read, edges by signal, bytes to the host."""
+    """What one operation brought: the value of a read, edges by signal, bytes to the host, chains used."""
 
     value: int | None
     raised: dict[int, int]
     sent: bytes
-
-
-class _Input:
-    """`ports.Input`; `typed` is what the host has sent and the model has not taken."""
-
-    def __init__(self) -> None:
-        self.typed = bytearray()
-        self.wanted: Callable[[], bool] = lambda: False
-        self.on_input: Callable[[], None] = lambda: None
-
-    def listen(self, wanted: Callable[[], bool], on_input: Callable[[], None]) -> None:
-        self.wanted, self.on_input = wanted, on_input
-
-    def read(self, limit: int) -> bytes:
-        data = bytes(self.typed[: max(limit, 0)])
-        del self.typed[: len(data)]
-        return data
-
-
-class _Output:
-    """`ports.Output` to a host that takes `room` more bytes."""
-
-    def __init__(self) -> None:
-        self.room = ROOM_MAX
-        self.sent = bytearray()
-        self.on_room: Callable[[], None] = lambda: None
-
-    def listen(self, on_room: Callable[[], None]) -> None:
-        self.on_room = on_room
-
-    def write(self, data: bytes) -> int:
-        taken = min(self.room, len(data))
-        self.sent += data[:taken]
-        self.room -= taken
-        return taken
+    used: list[tuple[int, int, int]]
 
 
 class Bench:
@@ -98,6 +47,7 @@ class Bench:
         model: the class.
         params: the parameters by name.
         clock_ns, wall_ns: what the clocks start with.
+        memory: the guest's, for a device that has it; of as many bytes as the parameters say.
     """
 
     def __init__(
@@ -107,55 +57,93 @@ class Bench:
         params: Params,
         clock_ns: int = CLOCK_START_NS,
         wall_ns: int = WALL_START_NS,
+        memory: GuestMemory | None = None,
     ) -> None:
         self.entry = entry
-        self._make = functools.partial(Bench, entry, model, params, clock_ns, wall_ns)
+        self._make = functools.partial(Bench, entry, model, params, clock_ns, wall_ns, memory)
         self._start = (clock_ns, wall_ns)
         self.now_ns, self.wall_ns = self._start
         self._raised: list[int] = []
-        self._input = _Input()
-        self._output = _Output()
+        self._signals = 0
+        self._inputs: list[host.Input] = []
+        self._outputs: list[host.Output] = []
+        self._links: list[host.Link] = []
+        self._kicks: list[host.Kick] = []
         self._pending = b""
         self._repeats = REPEATS_MAX
         self._saved = False
-        self._others: dict[int, Callable[[int, int], None]] = {
+        self._used: list[tuple[int, int, int]] = []
+        self._looking = False
+        self._draws = 0
+        self._waiting = False  # something from the host that the model may want
+        self._others: dict[int, Callable[[int, int, int, int, int], None]] = {
             Op.CLOCK: self._clock,
             Op.WALL: self._wall,
             Op.DATA: self._data,
             Op.INPUT: self._type,
             Op.ROOM: self._room,
             Op.SAVE: self._save,
+            Op.CHAIN: self._chain,
+            Op.KICK: self._kick,
+            Op.RESTART: self._restart,
+            Op.SET: self._set,
         }
-        ports: dict[str, Any] = dict(params)
-        number = 0
+        apart = {entry.fsize, *((p.name for p in MEMORY_PARAMS) if entry.guest_memory else ())}
+        ports: dict[str, Any] = {name: v for name, v in params.items() if name not in apart}
         for d, fds in entry.own_slots():
-            match d.kind:
-                case "signal":
-                    edges = tuple(functools.partial(self._raised.append, number + i) for i in range(len(fds)))
-                    number += len(fds)
-                    ports[d.name] = edges[0] if d.count is None else edges
-                case "input":
-                    ports[d.name] = self._input
-                case "output":
-                    ports[d.name] = self._output
-                case _:
-                    raise ValueError(f"{entry.name}: cannot fuzz a {d.kind} descriptor yet")
-        sources = {"clock": lambda: self.now_ns, "wall": lambda: self.wall_ns}
+            made = tuple(memory if d.kind == "memory" else self._port(d) for _ in fds)
+            ports[d.name] = made[0] if d.count is None else made
+        sources = {
+            "clock": lambda: self.now_ns,
+            "wall": lambda: self.wall_ns,
+            "entropy": self._entropy,
+            "log": lambda _: None,
+        }
         self.model: Device = model(**ports, **{s: sources[s] for s in entry.sources})
-        self._snapshot = _Snapshot(self.model)
-        self._extent = self._snapshot.extent
+        self._guest: Guest | None = None
+        if entry.virtio is not None:
+            assert memory is not None
+            self._guest = Guest(self.model, memory, self._notify, entry.name in _DISCARDING)
+            self._pump()  # what the start has left to do
+        self._raised.clear()
+        changing = [*self._inputs, *self._outputs, *self._links]
+        self._snapshot = _Snapshot([self.model, self._guest, *(vars(c) for c in changing)])
+        self._extent = _Snapshot([self.model]).extent
+
+    def _port(self, d: Descriptor) -> Any:
+        """What the model gets for one descriptor."""
+        match d.kind:
+            case "signal":
+                self._signals += 1
+                return functools.partial(self._raised.append, self._signals - 1)
+            case "kick":
+                self._kicks.append(host.Kick())
+                return self._kicks[-1]
+            case "input":
+                self._inputs.append(host.Input())
+                return self._inputs[-1]
+            case "output":
+                self._outputs.append(host.Output())
+                return self._outputs[-1]
+            case "tap" | "stream":
+                self._links.append(host.Link())
+                return self._links[-1]
+            case _:
+                return host.Disk(0 if d.name == "backing" else host.DISK_SIZE)
 
     def reset(self) -> None:
         """Back to the state after construction; a small part of what constructing costs."""
         self._snapshot.restore()
+        if self._guest is not None:
+            self._guest.reset()
         self.now_ns, self.wall_ns = self._start
         self._raised.clear()
-        self._input.typed.clear()
-        self._output.sent.clear()
-        self._output.room = ROOM_MAX
+        self._used.clear()
         self._pending = b""
         self._repeats = REPEATS_MAX
         self._saved = False
+        self._draws = 0
+        self._waiting = False
 
     def run(self, data: bytes, seen: list[Step] | None = None) -> None:
         """Put the model through canonical records that are no recording; into `seen` goes what each brought.
@@ -165,10 +153,12 @@ class Bench:
             Exception: the model raised.
         """
         model = self.model
-        read, write = model.read, model.write
-        raised, typed, others = self._raised, self._input.typed, self._others
+        read = model.read
+        write = model.write if self._guest is None else self._guest.write
+        raised, others = self._raised, self._others
+        self._looking = seen is not None
         last: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
-        for op, space, size, _, offset, value in RECORD.iter_unpack(data):
+        for op, space, size, aux, offset, value in RECORD.iter_unpack(data):
             got: int | None = None
             if op == 0:  # Op.READ, Op.WRITE: by number, because this is most of what is done
                 got = read(space, offset, size)
@@ -182,9 +172,9 @@ class Bench:
                 if last[3]:
                     got = self._repeat(last, value)
             else:
-                others[op](size, value)
+                others[op](space, size, aux, offset, value)
             due = model.deadline_ns
-            if typed or (due is not None and due <= self.now_ns):
+            if self._waiting or (due is not None and due <= self.now_ns):
                 self._pump()
             if raised:
                 if len(raised) > EDGES_MAX and op != _REPEAT:
@@ -201,7 +191,7 @@ class Bench:
             Finding: an oracle spoke.
             Exception: the model raised.
         """
-        extent = _Snapshot(self.model).extent
+        extent = _Snapshot([self.model]).extent
         if extent > self._extent + GROWTH_MAX:
             raise Finding("growth", f"the model holds {extent} items, {self._extent} when it was new")
         self.reset()
@@ -214,7 +204,8 @@ class Bench:
             where = next(i for i, (a, b) in enumerate(zip(again, steps, strict=True)) if a != b)
             raise Finding("fresh", f"operation {where}: {steps[where]} from a new model, not {again[where]}")
         other._check_restore(self._make())
-        other._check_quiet()
+        if other._guest is None:  # whose interrupts are counted by what was used
+            other._check_quiet()
         return steps
 
     def _check_restore(self, other: Bench) -> None:
@@ -228,7 +219,10 @@ class Bench:
             raise Finding("restore", "a restored model saves something else")
 
     def _check_quiet(self) -> None:
-        self._input.typed.clear()
+        for source in self._inputs:
+            source.typed.clear()
+        for link in self._links:
+            link.incoming.clear()
         saved = self.model.save()
         for region in self.entry.regions:
             for offset in range(min(region.size, 16)):
@@ -260,29 +254,59 @@ class Bench:
             edges = len(self._raised)
         return got
 
-    def _clock(self, _size: int, ns: int) -> None:
+    def _entropy(self, size: int) -> bytes:
+        self._draws += 1
+        return bytes([self._draws & 0xFF]) * size
+
+    def _clock(self, _space: int, _size: int, _aux: int, _offset: int, ns: int) -> None:
         self.now_ns += ns
         self.wall_ns += ns
 
-    def _wall(self, _size: int, ns: int) -> None:
+    def _wall(self, _space: int, _size: int, _aux: int, _offset: int, ns: int) -> None:
         # A clock that is nanoseconds in 64 bits; the host's cannot show anything else.
         self.wall_ns = min(max(self.wall_ns + ns - (ns >> 63 << 64), -_I63), _I63 - 1)
 
-    def _data(self, size: int, value: int) -> None:
+    def _data(self, _space: int, size: int, _aux: int, _offset: int, value: int) -> None:
         if len(self._pending) < PENDING_MAX:
             self._pending += value.to_bytes(8, "little")[:size]
 
-    def _type(self, _size: int, _value: int) -> None:
-        self._input.typed += self._pending
+    def _type(self, space: int, _size: int, _aux: int, _offset: int, _value: int) -> None:
+        self._waiting = True
+        if self._inputs:
+            self._inputs[space % len(self._inputs)].typed += self._pending
+        elif self._links:
+            self._links[space % len(self._links)].incoming.append(self._pending)
         self._pending = b""
 
-    def _room(self, _size: int, room: int) -> None:
-        full = not self._output.room
-        self._output.room = room
+    def _room(self, space: int, _size: int, _aux: int, _offset: int, room: int) -> None:
+        port = (self._outputs or self._links)[space % len(self._outputs or self._links)]
+        full = not port.room
+        port.room = room
         if full and room:
-            self._output.on_room()
+            port.on_room()
 
-    def _save(self, _size: int, _value: int) -> None:
+    def _chain(self, space: int, _size: int, aux: int, _offset: int, value: int) -> None:
+        assert self._guest is not None
+        self._guest.chain(space, value, aux, self._pending)
+        self._pending = b""
+
+    def _notify(self, index: int) -> None:
+        self._kicks[1 + index].on_kick()  # the first is INTA's acknowledgement
+        self._pump()
+
+    def _kick(self, space: int, _size: int, _aux: int, _offset: int, _value: int) -> None:
+        assert self._guest is not None
+        self._used += self._guest.kick(space, look=self._looking)
+
+    def _restart(self, _space: int, size: int, _aux: int, offset: int, _value: int) -> None:
+        assert self._guest is not None
+        self._guest.restart(offset, size)
+        self._pump()
+
+    def _set(self, _space: int, _size: int, aux: int, _offset: int, value: int) -> None:
+        self.model.set(self.entry.settings[aux].name, value)
+
+    def _save(self, _space: int, _size: int, _aux: int, _offset: int, _value: int) -> None:
         if self._saved:
             return  # once in an input: it takes as long as a hundred accesses
         self._saved = True
@@ -295,29 +319,59 @@ class Bench:
             raise Finding("restore", "a model restored to its own state saves something else")
 
     def _pump(self) -> None:
-        model, source = self.model, self._input
+        model = self.model
+        calls = 0
         while True:
-            due = model.deadline_ns
-            if due is not None and due <= self.now_ns:
-                model.on_deadline(self.now_ns)
-                due = model.deadline_ns
-                if due is not None and due <= self.now_ns:
+            while (due := model.deadline_ns) is not None and due <= self.now_ns:
+                calls += 1
+                if calls > CALLS_MAX:
                     raise Finding("busy", f"the deadline is {self.now_ns - due} ns ago after on_deadline")
-            if not source.typed or not source.wanted():
-                return
-            left = len(source.typed)
-            source.on_input()
-            if len(source.typed) == left and source.wanted():
-                raise Finding("busy", "input is wanted, there, and not read")
+                model.on_deadline(self.now_ns)
+            moved = [self._feed(source) for source in self._inputs]
+            moved += [self._deliver(link) for link in self._links]
+            if not any(moved):
+                break
+        self._waiting = any(source.typed for source in self._inputs) or any(k.incoming for k in self._links)
+
+    def _feed(self, source: host.Input) -> bool:
+        """Let the model take input, if it wants some and there is some."""
+        if not source.typed or not source.wanted():
+            return False
+        left = len(source.typed)
+        source.on_input()
+        if len(source.typed) == left and source.wanted():
+            raise Finding("busy", "input is wanted, there, and not read")
+        return True
+
+    def _deliver(self, link: host.Link) -> bool:
+        """As `_feed`, for a frame."""
+        if not link.incoming or not link.wanted():
+            return False
+        left = len(link.incoming)
+        link.on_frame()
+        if len(link.incoming) == left and link.wanted():
+            raise Finding("busy", "a frame is wanted, there, and not read")
+        return True
 
     def _step(self, got: int | None) -> Step:
         counts: dict[int, int] = {}
         for number in self._raised:
             counts[number] = counts.get(number, 0) + 1
         self._raised.clear()
-        sent = bytes(self._output.sent)
-        self._output.sent.clear()
-        return Step(got, counts, sent)
+        sent = b"".join(bytes(port.sent) for port in self._outputs)
+        for port in self._outputs:
+            port.sent.clear()
+        used, self._used = self._used, []
+        return Step(got, counts, sent, used)
+
+
+def memory_of(entry: Entry, params: Params) -> GuestMemory | None:
+    """New guest memory for a bench of that device; None if it has none."""
+    if not entry.guest_memory:
+        return None
+    below, above = (params[p.name] for p in MEMORY_PARAMS)
+    assert isinstance(below, int) and above == 0
+    return GuestMemory.create([(0, below)])
 
 
 def trace(entry: Entry, model: type[Any], rep: Rep) -> list[Step]:
@@ -328,9 +382,13 @@ def trace(entry: Entry, model: type[Any], rep: Rep) -> list[Step]:
         Exception: the model raised.
     """
     steps: list[Step] = []
-    bench = Bench(entry, model, entry.check_params(rep.params), rep.clock_ns, rep.wall_ns)
+    params = entry.check_params(rep.params)
+    bench = Bench(entry, model, params, rep.clock_ns, rep.wall_ns, memory_of(entry, params))
     bench.run(rep.data, steps)
     return steps
+
+
+_FIXED: Final = (regs._Bank, GuestMemory, Bench, host.Kick, host.Input, host.Output, host.Link)
 
 
 class _Snapshot:
@@ -340,14 +398,14 @@ class _Snapshot:
     not change.
     """
 
-    def __init__(self, root: object) -> None:
+    def __init__(self, roots: list[object]) -> None:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[Any, Any]] = []  # what takes a slice
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._slots: list[tuple[object, str, Any]] = []
         self.extent = 0
         known: set[int] = set()
-        todo: deque[object] = deque([root])
+        todo: deque[object] = deque(roots)
         while todo:
             item = todo.popleft()
             if id(item) in known:
@@ -370,7 +428,7 @@ class _Snapshot:
         elif isinstance(item, tuple):
             yield from item
             return
-        elif kind.__module__.startswith("devproc.fuzz.") or kind is regs._Bank:
+        elif kind in _FIXED:
             return
         elif isinstance(getattr(item, "__dict__", None), dict) and not callable(item):
             self._dicts.append((item.__dict__, dict(item.__dict__)))

@@ -23,15 +23,18 @@ import sys
 from typing import Any, Final, NoReturn
 
 from devproc import child, jail
-from devproc.catalog import Entry, Params
+from devproc.backends import memory
+from devproc.catalog import MEMORY_PARAMS, Entry, Params
 from devproc.channel import Channel
 from devproc.fuzz import instrument
-from devproc.fuzz.bench import Bench, Finding, Step
+from devproc.fuzz.bench import Bench, Step
+from devproc.fuzz.finding import Finding
 from devproc.fuzz.inputs import RECORD, canonical
 from devproc.fuzz.mutate import Mutator
 from devproc.fuzz.page import Page
 from devproc.ports import Device
 from devproc.wire import PeerError, Ping, Pong, Stop
+from kvmcore.memory import GuestMemory
 
 EXTRA_FDS: Final = 1  # the page
 _PATTERNS_MAX: Final = 1 << 16  # sets of blocks that are known to be nothing new
@@ -92,6 +95,12 @@ class Executor:
         self._entry = entry
         self._model = model
         self._params = params
+        self._memory: GuestMemory | None = None
+        for d, fds in entry.own_slots():
+            if d.kind == "memory":
+                below, above = (params[p.name] for p in MEMORY_PARAMS)
+                assert isinstance(below, int) and isinstance(above, int)
+                self._memory = memory.attach(fds[0], below, above)
         self._control = control
         self._access = access  # held open as every device holds it
         loaded = [sys.modules[name] for name in instrument.modules(entry)]
@@ -184,7 +193,7 @@ class Executor:
     def _trace(self, asked: dict[str, Any]) -> dict[str, Any]:
         data = canonical(self._entry, bytes.fromhex(asked["input"]))
         self._begin(data)
-        bench = Bench(self._entry, self._model, self._params, asked["clock"], asked["wall"])
+        bench = Bench(self._entry, self._model, self._params, asked["clock"], asked["wall"], self._memory)
         steps: list[Step] = []
         try:
             bench.run(data, steps)
@@ -248,7 +257,7 @@ class Executor:
         self._seen |= int.from_bytes(self._page.map[: self._blocks], "little")
 
     def _new_bench(self) -> Bench:
-        return Bench(self._entry, self._model, self._params)
+        return Bench(self._entry, self._model, self._params, memory=self._memory)
 
     def _indices(self, bits: int) -> list[int]:
         return [i for i, byte in enumerate(bits.to_bytes(self._blocks, "little")) if byte]

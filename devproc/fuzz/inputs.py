@@ -9,9 +9,13 @@ gives the other back.  A recording also says what the device answered, in record
     read PORT 0x2 1 = 0xc1          # with the answer, in a recording
     clock 1000000                   # nanoseconds pass
     wall -5                         # the wall clock alone jumps
-    input 6869                      # bytes from the host
+    input 6869                      # bytes from the host; input.1 for the second port
     room 16                         # the host takes that many bytes of output, and no more
     repeat 100                      # the last access, again; its last answer, and the edges of all, count
+    chain 0 16 0 512 1 plain 0001   # queue, bytes to read, twice, and to write, twice; how; what is read
+    kick 0                          # the driver notifies a queue
+    restart 0x0 4                   # reset the device and start it again: see guest.py
+    set target_mib 3                # a setting changes
     save                            # save, then restore what was saved; once in an input
     raised irq 1                    # recorded: edges since the last operation but these
     sent 6f6b                       # recorded: bytes to the host
@@ -33,11 +37,18 @@ RECORDS_MAX: Final = 512  # of an input for fuzzing; a recording is as long as i
 CLOCK_MAX_NS: Final = 1 << 50  # 13 days
 ROOM_MAX: Final = 1 << 16
 REPEAT_MAX: Final = 8192
+REPEATS_MAX: Final = 8192  # in one input: more would take as long as what hangs
+PORTS_MAX: Final = 4  # of one kind: INPUT of a virtio device says which
+QUEUE_SHIFT_MAX: Final = 4
+"""log2 of the largest queue: small ones wrap around sooner."""
+_CONSUMERS: Final = "INPUT", "SENT", "CHAIN"
 CHUNK: Final = 8  # bytes that one DATA record holds
 CLOCK_START_NS: Final = 5_000_000_000_000
 WALL_START_NS: Final = 1_700_000_000_000_000_000  # 2023-11-14 22:13:20 UTC
 PARAMS: Final = {"mem_below_4g": 256 << 20, "mem_above_4g": 0}
 """Values of parameters for fuzzing; others have their lowest."""
+GUEST_SIZE: Final = 1 << 18
+"""Bytes of guest memory, for a device that has any."""
 
 
 class InputError(ValueError):
@@ -52,15 +63,36 @@ class Op(enum.IntEnum):
     CLOCK = 2  # data: nanoseconds by which both clocks go on
     WALL = 3  # data: nanoseconds, signed, by which the wall clock jumps
     DATA = 4  # size bytes of data, for the next INPUT or SENT
-    INPUT = 5  # the bytes come from the host
+    INPUT = 5  # space: which port; the bytes come from the host
     ROOM = 6  # data: bytes of output the host takes from now on
     REPEAT = 7  # data: how often the last access is made again
     SAVE = 8
+    CHAIN = 9  # space: queue, aux: how (guest.Twist), data: four sizes; the bytes are what is to be read
+    KICK = 10  # space: queue
+    RESTART = 11  # offset: what not to accept, size: log2 of the queues' size
+    SET = 12  # aux: which setting, data: its value
     RAISED = 0x40  # aux: which signal, data: how often
     SENT = 0x41  # the bytes went to the host
 
 
 STIMULI: Final = tuple(op for op in Op if op < Op.RAISED)
+
+
+class Twist(enum.IntEnum):
+    """How a driver makes a chain: as it should, or wrong in one way."""
+
+    PLAIN = 0
+    INDIRECT = 1
+    LOOP = 2  # the last descriptor goes on with the first
+    OUTSIDE = 3  # an address that is not RAM
+    OVERFLOW = 4  # address + length does not fit 64 bits
+    EMPTY = 5  # a length of 0
+    BACKWARDS = 6  # what is written comes before what is read
+    NESTED = 7  # an indirect table in an indirect table
+    AHEAD = 8  # more made available than there is room for
+    HEAD = 9  # a first descriptor that does not exist
+    HUGE = 10  # a length of 4 GiB - 1
+    RING = 11  # the buffer is the ring
 
 
 class Record(NamedTuple):
@@ -105,6 +137,22 @@ def chunks(data: bytes) -> Iterator[Record]:
         yield Record(Op.DATA, size=len(part), data=int.from_bytes(part, "little"))
 
 
+def sizes(data: int) -> tuple[int, ...]:
+    """The four sizes of a CHAIN: two that are read, two that are written; 0: there is none."""
+    return tuple(data >> shift & 0xFFFF for shift in (0, 16, 32, 48))
+
+
+def packed(*four: int) -> int:
+    """`sizes` the other way round.
+
+    Raises:
+        ValueError: one of them does not fit.
+    """
+    if len(four) != 4 or not all(0 <= n <= 0xFFFF for n in four):
+        raise ValueError(four)
+    return sum(n << 16 * i for i, n in enumerate(four))
+
+
 def signals(entry: Entry) -> list[str]:
     """The names of an entry's signals; RAISED counts them from 0.  Of an array: irq.0, irq.1..."""
     return [
@@ -117,7 +165,8 @@ def signals(entry: Entry) -> list[str]:
 
 def default_params(entry: Entry) -> tuple[Scalar, ...]:
     """The values that a device is fuzzed with."""
-    return tuple(bytes(p.low) if p.type is bytes else PARAMS.get(p.name, p.low) for p in entry.params)
+    given = {**PARAMS, "mem_below_4g": GUEST_SIZE} if entry.guest_memory else PARAMS
+    return tuple(bytes(p.low) if p.type is bytes else given.get(p.name, p.low) for p in entry.params)
 
 
 def canonical(entry: Entry, data: bytes, *, recorded: bool = False) -> bytes:
@@ -134,7 +183,7 @@ def canonical(entry: Entry, data: bytes, *, recorded: bool = False) -> bytes:
             continue
         kept = _canonical(entry, r, recorded)
         if kept is not None:
-            if kept.op in (Op.INPUT, Op.SENT):
+            if Op(kept.op).name in _CONSUMERS:
                 found += chunks(pending)
                 pending = b""
             found.append(kept)
@@ -161,14 +210,25 @@ def _canonical(entry: Entry, r: Record, recorded: bool) -> Record | None:
             return Record(op, data=r.data % CLOCK_MAX_NS)
         case Op.WALL if "wall" in entry.sources:
             return Record(op, data=r.data)
-        case Op.INPUT if "input" in kinds:
-            return Record(op)
-        case Op.ROOM if "output" in kinds:
+        case Op.INPUT if kinds & {"input", "tap", "stream"}:
+            return Record(op, r.space % PORTS_MAX if entry.virtio is not None else 0)
+        case Op.ROOM if kinds & {"output", "tap", "stream"}:
             return Record(op, data=r.data % (ROOM_MAX + 1))
         case Op.REPEAT:
             return Record(op, data=1 + (r.data - 1) % REPEAT_MAX)
         case Op.SAVE:
             return Record(op)
+        case Op.CHAIN | Op.KICK if entry.virtio is not None:
+            queue = r.space % len(entry.virtio.queue_sizes)
+            if op == Op.KICK:
+                return Record(op, queue)
+            return Record(op, queue, aux=r.aux % len(Twist), data=r.data)
+        case Op.RESTART if entry.virtio is not None:
+            return Record(op, size=r.size % (QUEUE_SHIFT_MAX + 1), offset=r.offset)
+        case Op.SET if entry.settings:
+            which = r.aux % len(entry.settings)
+            p = entry.settings[which]
+            return Record(op, aux=which, data=p.low + (r.data - p.low) % (p.high - p.low + 1))
         case Op.RAISED if r.aux < len(signals(entry)):
             return Record(op, aux=r.aux, data=r.data)
         case Op.SENT if "output" in kinds:
@@ -206,8 +266,19 @@ def to_text(rep: Rep) -> str:
             case Op.WALL:
                 words.append(str(r.data - (r.data >> 63 << 64)))
             case Op.INPUT | Op.SENT:
+                words[0] += f".{r.space}" if r.space else ""
                 words += [pending.hex()] if pending else []
                 pending = b""
+            case Op.CHAIN:
+                words += [str(r.space), *map(str, sizes(r.data)), Twist(r.aux).name.lower()]
+                words += [pending.hex()] if pending else []
+                pending = b""
+            case Op.KICK:
+                words.append(str(r.space))
+            case Op.RESTART:
+                words += [f"{r.offset:#x}", str(r.size)]
+            case Op.SET:
+                words += [entry.settings[r.aux].name, str(r.data)]
             case Op.RAISED:
                 words += [names[r.aux], str(r.data)]
         lines.append(" ".join(words))
@@ -261,7 +332,8 @@ def _header(words: list[str]) -> tuple[Rep, Entry]:
 
 
 def _parsed(entry: Entry, words: list[str]) -> list[Record]:
-    op, values = Op[words[0].upper()], words[1:]
+    name, _, port = words[0].partition(".")
+    op, values = Op[name.upper()], words[1:]
     found: list[Record] = []
     match op:
         case Op.READ:
@@ -281,7 +353,21 @@ def _parsed(entry: Entry, words: list[str]) -> list[Record]:
             record = Record(op, data=int(number) & ((1 << 64) - 1))
         case Op.INPUT | Op.SENT:
             found += chunks(bytes.fromhex("".join(values)))
-            record = Record(op)
+            record = Record(op, int(port or "0"))
+        case Op.CHAIN:
+            queue, *four, twist = values[:6]
+            found += chunks(bytes.fromhex("".join(values[6:])))
+            record = Record(op, int(queue), aux=Twist[twist.upper()], data=packed(*map(int, four)))
+        case Op.KICK:
+            (queue,) = values
+            record = Record(op, int(queue))
+        case Op.RESTART:
+            masked, shift = values
+            record = Record(op, size=int(shift), offset=int(masked, 16))
+        case Op.SET:
+            name, number = values
+            which = [p.name for p in entry.settings].index(name)
+            record = Record(op, aux=which, data=int(number))
         case Op.RAISED:
             name, number = values
             record = Record(op, aux=signals(entry).index(name), data=int(number))

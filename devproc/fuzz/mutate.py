@@ -12,21 +12,26 @@ from typing import Final
 from devproc.catalog import Entry
 from devproc.fuzz.inputs import (
     CLOCK_MAX_NS,
+    PORTS_MAX,
+    QUEUE_SHIFT_MAX,
     RECORD,
     RECORDS_MAX,
     REPEAT_MAX,
     ROOM_MAX,
     Op,
     Record,
+    Twist,
     chunks,
     encode,
+    packed,
 )
+from devproc.fuzz.shapes import SHAPES, SHAPES_OF
 from devproc.regs import INDEXED, Table
 from devproc.wire import SIZES
 
 LENGTH_MAX: Final = 64 * RECORD.size  # of what mutation makes: short inputs are quick, and are read by people
 _SIZE: Final = RECORD.size
-_SLOW: Final = 0.001  # how many of the operations are those that cost as much as a hundred others
+_SLOW: Final = 0.002  # how many of the operations are those that cost as much as a hundred others
 _NS: Final = 10**9
 _TIMES: Final = (0, 1, 1_000, 30_518, 122_071, 1_000_000, 20_000_000, _NS - 1, _NS, 61 * _NS, 86_400 * _NS)
 _TEXTS: Final = (b"a", b"\r", b"\x03", b"\x00\xff", b"typed at once", bytes(range(40)))
@@ -57,15 +62,25 @@ class Mutator:
         if entry.sources:
             times = [t for t in (*_TIMES, *numbers) if t < CLOCK_MAX_NS]
             weighted.append((2, [encode([Record(Op.CLOCK, data=t)]) for t in times]))
+        if entry.virtio is not None:
+            weighted += self._virtio(entry)
+        if entry.settings:
+            values = [(n, v) for n, p in enumerate(entry.settings) for v in (p.low, p.low + 1, p.high)]
+            some = [Record(Op.SET, aux=n, data=v) for n, v in values if v <= entry.settings[n].high]
+            weighted.append((1, [encode([r]) for r in some]))
         if "wall" in entry.sources:
             jumps = [j for t in _TIMES for j in (t, -t)] + [400 * 365 * 86_400 * _NS]
             weighted.append((1, [encode([Record(Op.WALL, data=j & ((1 << 64) - 1))]) for j in jumps]))
-        if "input" in kinds:
-            weighted.append((2, [encode([*chunks(t), Record(Op.INPUT)]) for t in texts]))
-        if "output" in kinds:
+        if kinds & {"input", "tap", "stream"}:
+            ports = range(PORTS_MAX if entry.virtio is not None else 1)
+            inputs = [encode([*chunks(t), Record(Op.INPUT, p)]) for t in texts for p in ports]
+            weighted.append((2, inputs))
+        if kinds & {"output", "tap", "stream"}:
             weighted.append((1, [encode([Record(Op.ROOM, data=n)]) for n in (0, 0, 1, 15, ROOM_MAX)]))
         self._pools = [pool for weight, pool in weighted for _ in range(weight if pool else 0)]
         slow = [Record(Op.SAVE), *(Record(Op.REPEAT, data=n) for n in (2, 17, 5000))]
+        if entry.virtio is not None:
+            slow += [Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice) for choice in range(16)]
         self._slow = [encode([r]) for r in slow]
 
     def _accesses(self, tables: Sequence[Table], numbers: list[int]) -> tuple[list[bytes], list[bytes]]:
@@ -95,6 +110,23 @@ class Mutator:
                     reads.append(Record(Op.READ, table.space, size, 0, at))
                     writes.append(Record(Op.WRITE, table.space, size, 0, at, (1 << 8 * size) - 1))
         return [RECORD.pack(*r) for r in reads], [RECORD.pack(*r) for r in writes]
+
+    def _virtio(self, entry: Entry) -> list[tuple[int, list[bytes]]]:
+        """Chains as the device's driver makes them, and wrong ones; kicks."""
+        assert entry.virtio is not None
+        queues = range(len(entry.virtio.queue_sizes))
+        right: list[bytes] = []
+        wrong: list[bytes] = []
+        for shape in (*SHAPES, *SHAPES_OF.get(entry.name, ())):
+            for queue in queues if shape.queue is None else [shape.queue]:
+                if queue not in queues:
+                    continue
+                for twist in Twist:
+                    chain = Record(Op.CHAIN, queue, aux=twist, data=packed(*shape.sizes))
+                    made = encode([*chunks(shape.data), chain, Record(Op.KICK, queue)])
+                    (right if twist <= Twist.INDIRECT else wrong).append(made)
+        kicks = [encode([Record(Op.KICK, q)]) for q in queues]
+        return [(18, right), (2, wrong), (1, kicks)]
 
     def fresh(self) -> bytes:
         """A new input."""
@@ -154,9 +186,11 @@ class Mutator:
                 return RECORD.pack(op, space, size, 0, offset, 0)
             top = (1 << 8 * size) - 1
             return RECORD.pack(op, space, size, 0, offset, self._number(value, 8 * size) & top)
+        if op == Op.RESTART:
+            return RECORD.pack(op, 0, int(rnd() * (QUEUE_SHIFT_MAX + 1)), 0, int(rnd() * 16), 0)
         limit = {Op.CLOCK: CLOCK_MAX_NS, Op.ROOM: ROOM_MAX + 1, Op.REPEAT: REPEAT_MAX}.get(op)
-        if op in (Op.WALL, Op.DATA):
-            limit = 1 << (64 if op == Op.WALL else 8 * size)
+        if op in (Op.WALL, Op.DATA, Op.CHAIN):
+            limit = 1 << (8 * size if op == Op.DATA else 64)
         if limit is None:
             return record
         value = self._number(value, limit.bit_length()) % limit

@@ -97,6 +97,65 @@ BUGS: Final = {
         ),
         "write PORT 0x1 1 0x1; read PORT 0x1 1",
     ),
+    "used-twice": Bug(
+        "virtio-rng",
+        "exception",
+        (
+            (
+                "            self.push(index, chain, len(data))\n",
+                "            self.push(index, chain, len(data))\n" * 2,
+            ),
+        ),
+        "chain 0 0 0 64 0 plain; kick 0",
+    ),
+    "used-index-runs-ahead": Bug(
+        "virtio-rng",
+        "used",
+        (
+            (
+                "        self.notify(index)\n",
+                "        at = self._setups[index].areas[2] + 2\n"
+                "        used = self.memory.read(at, 1)[0]\n"
+                "        self.memory.write(at, bytes([used + 1 & 255]))\n"
+                "        self.notify(index)\n",
+            ),
+        ),
+        "chain 0 0 0 64 0 plain; kick 0",
+    ),
+    "length-not-checked": Bug(
+        "virtio-rng",
+        "exception",
+        (("            self.push(index, chain, len(data))\n", "            self.push(index, chain, 65)\n"),),
+        "chain 0 0 0 64 0 plain; kick 0",
+    ),
+    "written-past-the-buffer": Bug(
+        "virtio-rng",
+        "memory",
+        (
+            (
+                "self.memory.copy_in(chain.writable, data)",
+                "self.memory.copy_in([(gpa, size + 8) for gpa, size in chain.writable], data * 2)",
+            ),
+        ),
+        "chain 0 0 0 64 0 plain; kick 0",
+    ),
+    "interrupt-left-after-reset": Bug(
+        "virtio-rng",
+        "reset",
+        (
+            (
+                "    def save(self)",
+                "    def on_reset(self) -> None:\n        self._isr = 1\n\n    def save(self)",
+            ),
+        ),
+        "restart 0x0 4",
+    ),
+    "sector-not-checked": Bug(
+        "virtio-blk",
+        "exception",
+        (("        if offset + size > self._disk.size:\n", "        if offset < 0:\n"),),
+        "chain 0 16 0 512 1 plain 0000000000000000ff00000000000000; kick 0",
+    ),
     "loop-without-end": Bug(
         "pit",
         "hang",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from devproc import child
 from devproc.catalog import CATALOG, Entry
 from devproc.fuzz import instrument
-from devproc.fuzz.bench import Bench, Finding
-from devproc.fuzz.inputs import RECORD, Rep, canonical, default_params, parse, records, to_text
+from devproc.fuzz.bench import Bench, Step, memory_of
+from devproc.fuzz.finding import Finding
+from devproc.fuzz.inputs import RECORD, Rep, Twist, canonical, default_params, parse, records, to_text
 from devproc.fuzz.mutate import LENGTH_MAX, Mutator
 from integration.fuzz.seeded import BUGS, plant
 
@@ -18,7 +20,10 @@ LEGACY = ("serial", "rtc", "i8042", "pit", "pci-host", "acpi-pm", "pvpanic")
 
 
 def bench_of(entry: Entry) -> Bench:
-    return Bench(entry, instrument.load(entry), entry.check_params(default_params(entry)))
+    params = entry.check_params(default_params(entry))
+    # The modules that virtio devices share stay as other tests have imported them.
+    model = child.load(entry) if entry.virtio is not None else instrument.load(entry)
+    return Bench(entry, model, params, memory=memory_of(entry, params))
 
 
 def copied(device: str, where: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> Entry:
@@ -119,13 +124,13 @@ def test_a_bench_tells_what_each_operation_brings() -> None:
         "write PORT 0x0 1 0x41\n"
     )
     entry = CATALOG["serial"]
-    steps: list[object] = []
+    steps: list[Step] = []
     from devproc.devices.serial import Serial  # noqa: PLC0415 - the model as it is, beside instrumented ones
 
     bench = Bench(entry, Serial, {}, rep.clock_ns, rep.wall_ns)
-    bench.run(rep.data, steps)  # type: ignore[arg-type]
+    bench.run(rep.data, steps)
     # data hi, then INPUT: the interrupt; then each byte read lets the next in
-    assert [(s.value, s.raised, s.sent) for s in steps[2:]] == [  # type: ignore[attr-defined]
+    assert [(s.value, s.raised, s.sent) for s in steps[2:]] == [
         (None, {}, b""),
         (None, {0: 1}, b""),
         (0x68, {0: 1}, b""),
@@ -184,3 +189,65 @@ def test_a_traceback_names_the_lines_of_the_source(tmp_path: Path, monkeypatch: 
     text = (tmp_path / "lines_rtc.py").read_text().splitlines()
     ours = [e.lineno for e in found.traceback if e.path == tmp_path / "lines_rtc.py"]
     assert "monthrange(" in text[ours[-1]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_driver_is_given_what_it_asked_for(packed: bool) -> None:
+    entry = CATALOG["virtio-rng"]
+    steps: list[Step] = []
+    bench = bench_of(entry)
+    bench.run(
+        input_of(
+            entry,
+            f"restart 0x{8 if packed else 0:x} 2; chain 0 0 0 64 8 indirect; chain 0 0 0 16 0 plain; kick 0; "
+            "chain 0 4 0 0 0 plain 61626364; kick 0",
+        ),
+        steps,
+    )
+    assert [[written for _, _, written in s.used] for s in steps] == [[], [], [], [72, 16], [], [], [0]]
+    assert [sum(s.raised.values()) for s in steps] == [0, 0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("twist", [t.name.lower() for t in Twist if t > Twist.INDIRECT])
+def test_a_chain_that_is_wrong_stops_the_device_until_it_starts_again(twist: str) -> None:
+    entry = CATALOG["virtio-rng"]
+    bench = bench_of(entry)
+    steps: list[Step] = []
+    lines = f"chain 0 4 0 64 0 {twist} 61626364; kick 0; read BAR0 0x14 1; "
+    bench.run(input_of(entry, lines + "restart 0x0 4; chain 0 0 0 64 0 plain; kick 0"), steps)
+    status = [s.value for s in steps if s.value is not None]
+    assert status == [0x4F] or twist == "ring", hex(
+        status[0]
+    )  # a ring that is written is the guest's own doing
+    assert [written for _, _, written in steps[-1].used] == [64]
+
+
+VIRTIO = [name for name, e in CATALOG.items() if e.virtio is not None]
+
+
+@pytest.mark.parametrize("name", VIRTIO)
+def test_a_virtio_bench_finds_nothing_in_a_device_as_it_is_and_resets_as_new(name: str) -> None:
+    entry = CATALOG[name]
+    bench = bench_of(entry)
+    fresh = bench.model.save()
+    source = Mutator(entry, child.load(entry).TABLES, (), 1)
+    data = source.fresh()
+    for n in range(60):
+        data = source.mutate(data, source.fresh())
+        bench.reset()
+        bench.run(data)
+        if n % 20 == 0:
+            bench.check(data)
+    bench.reset()
+    assert bench.model.save() == fresh
+
+
+@pytest.mark.parametrize("name", VIRTIO)
+def test_virtio_inputs_are_canonical_and_have_a_text(name: str) -> None:
+    entry = CATALOG[name]
+    source = Mutator(entry, child.load(entry).TABLES, (), 1)
+    for _ in range(40):
+        data = canonical(entry, source.mutate(source.fresh(), source.fresh()))
+        rep = Rep(name, data, default_params(entry))
+        assert canonical(entry, data) == data
+        assert parse(to_text(rep)) == rep

@@ -1,0 +1,144 @@
+"""The host's end of a device's ports (devproc/ports.py), in memory: what a bench hands to a model."""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from devproc.fuzz.inputs import ROOM_MAX
+
+DISK_SIZE: Final = 1 << 16
+
+
+class Input:
+    """`ports.Input`; `typed` is what the host has sent and the model has not taken."""
+
+    def __init__(self) -> None:
+        self.typed = bytearray()
+        self.wanted: Callable[[], bool] = lambda: False
+        self.on_input: Callable[[], None] = lambda: None
+
+    def listen(self, wanted: Callable[[], bool], on_input: Callable[[], None]) -> None:
+        self.wanted, self.on_input = wanted, on_input
+
+    def read(self, limit: int) -> bytes:
+        data = bytes(self.typed[: max(limit, 0)])
+        del self.typed[: len(data)]
+        return data
+
+
+class Output:
+    """`ports.Output` to a host that takes `room` more bytes."""
+
+    def __init__(self) -> None:
+        self.room = ROOM_MAX
+        self.sent = bytearray()
+        self.on_room: Callable[[], None] = lambda: None
+
+    def listen(self, on_room: Callable[[], None]) -> None:
+        self.on_room = on_room
+
+    def write(self, data: bytes) -> int:
+        taken = min(self.room, len(data))
+        self.sent += data[:taken]
+        self.room -= taken
+        return taken
+
+
+class Kick:
+    """`ports.Kick`: what the loop calls after an edge."""
+
+    def __init__(self) -> None:
+        self.on_kick: Callable[[], None] = lambda: None
+
+    def listen(self, on_kick: Callable[[], None]) -> None:
+        self.on_kick = on_kick
+
+
+class Disk:
+    """`ports.File` of `size` bytes; like a file it fails outside of them."""
+
+    def __init__(self, size: int) -> None:
+        self._data = bytearray(size)
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    length = size
+
+    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+        for part in into:
+            self._check(offset, len(part))
+            part[:] = self._data[offset : offset + len(part)]
+            offset += len(part)
+
+    def write(self, offset: int, data: Sequence[memoryview]) -> None:
+        for part in data:
+            self._check(offset, len(part))
+            self._data[offset : offset + len(part)] = part
+            offset += len(part)
+
+    def flush(self) -> None:
+        pass
+
+    def discard(self, offset: int, size: int) -> None:
+        self.zero(offset, size, unmap=True)
+
+    def zero(self, offset: int, size: int, *, unmap: bool) -> None:
+        self._check(offset, size)
+        self._data[offset : offset + size] = bytes(size)
+
+    def extend(self, length: int) -> None:
+        raise OSError(errno.ENOSPC, "the disk of a bench does not grow")
+
+    def close(self) -> None:
+        pass
+
+    def _check(self, offset: int, size: int) -> None:
+        # A model that gets here with more has checked nothing: a real file would have grown.
+        assert 0 <= offset <= len(self._data) - size, f"{size} bytes at {offset:#x} of {self.size:#x}"
+
+
+class Link:
+    """`ports.Link`; `incoming` are frames for the model, `room` how many it may send."""
+
+    def __init__(self) -> None:
+        self.offloads = True
+        self.up = True
+        self.incoming: deque[bytes] = deque()
+        self.room = ROOM_MAX
+        self.wanted: Callable[[], bool] = lambda: False
+        self.on_frame: Callable[[], None] = lambda: None
+        self.on_room: Callable[[], None] = lambda: None
+
+    def listen(
+        self,
+        wanted: Callable[[], bool],
+        on_frame: Callable[[], None],
+        on_room: Callable[[], None],
+        on_down: Callable[[], None],
+    ) -> None:
+        self.wanted, self.on_frame, self.on_room = wanted, on_frame, on_room
+
+    def receive(self, buffers: Sequence[Any]) -> int:
+        if not self.incoming:
+            return 0
+        frame, done = self.incoming.popleft(), 0
+        for buffer in buffers:
+            part = frame[done : done + len(buffer)]
+            memoryview(buffer)[: len(part)] = part
+            done += len(part)
+        return done
+
+    def send(self, buffers: Sequence[Any]) -> bool | None:
+        if not self.room:
+            return False
+        self.room -= 1
+        frame = b"".join(buffers)
+        return None if frame[:1] == b"\xff" else True  # some are refused, as a tap does
+
+    def offload(self, *, checksum: bool, tso4: bool, tso6: bool, ecn: bool) -> None:
+        pass
