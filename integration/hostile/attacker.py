@@ -183,6 +183,8 @@ def _start(when: type[wire.Message], act: Act, line: str) -> Attack:
 
 def _harmless(act: Act, *options: str) -> Attack:
     """It begins when the guest has read the clock, and then the device is as good as before."""
+    # The next access waits until all of it is done, which may take a slow machine a while.
+    options = ("--device-timeout", "60", *options)
     return Attack(ACCESSED, in_turn(on_access(wire.Value(0)), act), None, guest="ask", options=options)
 
 
