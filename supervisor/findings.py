@@ -74,28 +74,23 @@ class Finding:
 
 
 class Findings:
-    """The directory they are kept in.
+    """The directory they are kept in."""
 
-    Args:
-        verdicts: says what is wrong with each of some inputs, as often as it is asked.
-    """
-
-    def __init__(
-        self, entry: Entry, params: tuple[Scalar, ...], where: Path, verdicts: Verdicts, mode: jail.Mode
-    ) -> None:
+    def __init__(self, entry: Entry, params: tuple[Scalar, ...], where: Path, mode: jail.Mode) -> None:
         self._entry = entry
         self._params = params
         self._where = where
-        self._verdicts = verdicts
         self._mode = mode
 
-    def keep(self, finding: Finding, data: bytes) -> Finding:
-        """Make `data` small and write it down; returns the finding as the small input shows it."""
-        if finding.kind != "disagree":  # which another oracle shows
-            data = minimised(data, finding, self._verdicts)
-            shown = self._verdicts([data])[0]
-            if shown is not None and shown.key == finding.key:
-                finding = shown
+    def keep(self, finding: Finding, data: bytes, verdicts: Verdicts) -> Finding:
+        """Make `data` small and write it down; returns the finding as the small input shows it.
+
+        `verdicts` says what is wrong with each of some inputs, as often as it is asked.
+        """
+        data = minimised(data, finding, verdicts)
+        shown = verdicts([data])[0]
+        if shown is not None and shown.key == finding.key:
+            finding = shown
         rep = Rep(self._entry.name, data, self._params)
         where = self._where / finding.name
         where.mkdir(parents=True, exist_ok=True)
@@ -141,7 +136,7 @@ def minimised(data: bytes, finding: Finding, verdicts: Verdicts) -> bytes:
 
     An input that does not show it when it is tried again stays as it is.
     """
-    batch = 1 if finding.kind in ("hang", "died", "violation") else 64
+    batch = 1 if finding.kind in ("hang", "died", "violation", "disagree") else 64
     tries = _SLOW_TRIES if batch == 1 else 100_000
 
     def first(candidates: list[bytes]) -> bytes | None:

@@ -31,7 +31,7 @@ from devproc.fuzz.inputs import InputError, Rep, canonical, default_params, pars
 from devproc.fuzz.page import INPUT_MAX
 from devproc.wire import PeerError, Ping, Pong, Scalar
 from kvmcore.errors import ConfigError
-from supervisor.findings import FOUND, Finding, Findings
+from supervisor.findings import FOUND, Finding, Findings, Verdicts
 from supervisor.fuzzoptions import HANG_S
 from supervisor.rehearse import Rehearsal
 from supervisor.subject import Died, Subject
@@ -58,6 +58,7 @@ class Plan:
         words: a dictionary: numbers, and texts.
         timeout_s: CPU time that an input may take.
         compare: whether to rehearse a sample behind the real wire.
+        stop: whether to end with the first finding.
         params: the device's parameters [those of `inputs.default_params`].
     """
 
@@ -72,6 +73,7 @@ class Plan:
     mode: jail.Mode = jail.Mode.FULL
     timeout_s: float = HANG_S
     compare: bool = True
+    stop: bool = False
     params: tuple[Scalar, ...] | None = None
 
 
@@ -308,7 +310,7 @@ class Campaign:
                 )
                 self._undo.callback(self._rehearsal.close)
             self.judge = self._worker(plan.workers, SLOW)
-            self._findings = Findings(self.entry, self.params, plan.crashes, self.verdicts, plan.mode)
+            self._findings = Findings(self.entry, self.params, plan.crashes, plan.mode)
         except BaseException:
             self._undo.close()
             raise
@@ -348,6 +350,7 @@ class Campaign:
                 result.seconds = now_s - began_s
                 over = (
                     self._stop
+                    or (plan.stop and bool(result.findings))
                     or (plan.time_s is not None and result.seconds >= plan.time_s)
                     or (plan.runs is not None and result.runs >= plan.runs)
                 )
@@ -459,7 +462,7 @@ class Campaign:
     def _report(self, finding: Finding | None, data: bytes) -> None:
         if finding is None or any(f.key == finding.key for f in self.result.findings):
             return
-        kept = self._findings.keep(finding, data)
+        kept = self._findings.keep(finding, data, self.verdicts_of(finding))
         if not any(f.key == kept.key for f in self.result.findings):
             self.result.findings.append(kept)
             self._say(f"{kept.name}: {kept.why} ({self.plan.crashes / kept.name})")
@@ -475,6 +478,21 @@ class Campaign:
             known = range(len(self.result.blocks))
             for blocks, finding in zip(answer["blocks"], answer["found"], strict=True):
                 found.append({n for n in blocks if n in known} if finding is None else set())
+        return found
+
+    def verdicts_of(self, finding: Finding) -> Verdicts:
+        """What can show `finding` again."""
+        return self._disagreements if finding.kind == "disagree" else self.verdicts
+
+    def _disagreements(self, inputs: Sequence[bytes]) -> list[Finding | None]:
+        found: list[Finding | None] = []
+        for data in inputs:
+            try:
+                why = self.compare(data)
+            except Died:
+                self.judge.again()
+                why = None
+            found.append(None if why is None else Finding.of("disagree", why))
         return found
 
     def _judged(self, data: bytes) -> Finding | None:

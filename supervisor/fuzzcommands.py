@@ -57,6 +57,7 @@ def _plan(args: argparse.Namespace, device: str) -> Plan:
         mode=jail.Mode.NONE if args.no_jail else jail.Mode.FULL,
         timeout_s=args.timeout,
         compare=not args.no_compare,
+        stop=args.stop,
     )
 
 
@@ -135,7 +136,7 @@ def _minimize(args: argparse.Namespace, say: Say) -> tuple[str, int]:
         finding = _verdict(campaign, rep.data)
         if finding is None:
             raise ConfigError(f"{path}: shows nothing that could be kept while it is made smaller")
-        small = minimised(rep.data, finding, campaign.verdicts)
+        small = minimised(rep.data, finding, campaign.verdicts_of(finding))
     text = to_text(Rep(rep.device, small, rep.params, rep.clock_ns, rep.wall_ns))
     _write(args.output, text if args.output.suffix == ".vmrep" else small)
     return f"{args.output}: {len(rep.data) // 16} operations are {len(small) // 16}: {finding.why}", 0

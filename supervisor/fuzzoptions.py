@@ -48,6 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"CPU time that an input may take [{HANG_S:g}]",
     )
     add("--device", metavar="DEVICE", help="what an input of bytes is for")
+    add("--stop", action="store_true", help="end with the first finding")
     add("--no-jail", action="store_true", help="run the device processes without a jail")
     add("--no-compare", action="store_true", help="do not rehearse a sample behind the real wire")
     add("--junit", type=Path, metavar="FILE", help="write what was found as JUnit XML")
