@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from devproc import state
 from devproc.backends.qcow2 import Qcow2
@@ -67,8 +67,7 @@ _TURN: Final = 1 << 22  # bytes of one queue before accesses and other queues ge
 _LOGGED_MAX: Final = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A request whose every value has been checked.
 
     `offset` and `size` are bytes of the disk; `data` is where they come from or go to, `unmap` what a
