@@ -165,6 +165,26 @@ def test_a_policy_that_cannot_be_used_is_named_with_its_line(elf: Elf, tmp_path:
     assert "open sesame: 1" in done.stderr
 
 
+WITHOUT_LANDLOCK = """
+import sys
+from devproc import jail
+jail.lacking = lambda: {"landlock": "it is switched off"}
+from supervisor import cli
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-v",), ("-v", "--no-jail")])
+def test_a_layer_that_the_kernel_lacks_is_said_to_who_wants_to_know(
+    elf: Elf, options: tuple[str, ...]
+) -> None:
+    words = [sys.executable, "-c", WITHOUT_LANDLOCK, "run", *options, elf("hello")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=vm.ROOT, check=False, timeout=PATIENCE_S)
+    assert done.returncode == 0
+    said = "vmsup: jail: landlock: not offered by this kernel: it is switched off\n" in done.stderr
+    assert said == (options == ("-v",))
+
+
 # -- what is said to machines
 
 
