@@ -227,6 +227,7 @@ class RunConfig:
     verbose: bool = False
     log_format: str = "text"
     jail_report: str | None = None
+    record: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.cpus <= CPUS_MAX:
