@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from devproc import jail
-from devproc.catalog import Descriptor
+from devproc.catalog import Descriptor, Entry
+from devproc.wire import Scalar
 from devproc.zygote import SpawnError, Zygote
 from kvmcore.errors import VmsupError
 from kvmcore.exitloop import Core
@@ -40,6 +41,7 @@ class Spawner:
         events: eventfds by descriptor name ("reset", "poweroff", "panic") that all devices share.
         memory: the memfd of the guest's memory.
         opened: by instance name, what its opener has given.
+        extra: by instance name, kind and parameters, a descriptor that the zygote's program wants besides.
 
     Attributes:
         eventfds: by instance name, then by descriptor name, those that the instance alone has: its
@@ -54,6 +56,7 @@ class Spawner:
     memory: int
     opened: Mapping[str, Opened]
     say: Callable[[str, str], None]
+    extra: Callable[[str, Entry, tuple[Scalar, ...]], int] | None = None
     eventfds: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     _count: int = 0
 
@@ -71,14 +74,16 @@ class Spawner:
         opened = self.opened.get(instance.name, _NOTHING)
         for d in instance.entry.descriptors:
             fds += self._descriptors(instance.name, d, opened)
+        params = instance.params + opened.params
+        extra = [] if self.extra is None else [self.extra(instance.name, instance.entry, params)]
         try:
             pid = self.zygote.spawn(
                 instance.entry.name,
                 instance.name,
-                fds,
+                [*fds, *extra],
                 host_id=host_id(self._count),
                 mode=self.mode,
-                params=instance.params + opened.params,
+                params=params,
             )
         except SpawnError as e:
             access.close()
@@ -88,7 +93,8 @@ class Spawner:
             compile_notify(load(instance.entry.name, instance.entry.slots()), jail.SETUP_CALLS)
             raise VmsupError(str(e)) from None
         finally:
-            os.close(its_log)
+            for fd in (its_log, *extra):
+                os.close(fd)
             its_access.close()
             its_control.close()
         self._count += 1
