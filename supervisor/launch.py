@@ -78,6 +78,7 @@ class _Launch:
         with step("read the configuration's files"):
             mode = self._jail_mode()
             recorder = self._recorder(mode)
+            recordings = self._recordings()
             self._check_files()
             fstab = config.android_fstab
             setup_data = [(bootparams.SETUP_DTB, fdt.android(fstab))] if fstab is not None else []
@@ -87,7 +88,9 @@ class _Launch:
         with step("fork the zygote"):
             jail.adopt_orphans()
             self.undo.callback(jail.adopt_orphans, False)
-            nursery = zygote.start(machine.kinds(config), recorder.filters if recorder else None, mode=mode)
+            program = "devproc.fuzz.recording" if recordings else "devproc.child"
+            filters = recorder.filters if recorder else None
+            nursery = zygote.start(machine.kinds(config), filters, program, mode)
             self.undo.callback(_end_zygote, nursery)
         with step("open /dev/kvm"):
             kvm = self.undo.enter_context(Kvm())
@@ -124,7 +127,15 @@ class _Launch:
         with step("spawn the devices"):
             events = {name: self._eventfd() for name, _ in _EVENTS}
             spawner = Spawner(
-                nursery, core, mode, config.device_timeout, events, memory.fd, opened, self._say_of
+                nursery,
+                core,
+                mode,
+                config.device_timeout,
+                events,
+                memory.fd,
+                opened,
+                self._say_of,
+                recordings.extra if recordings else None,
             )
             proxies = self._spawn(spawner, instances, mode, recorder)
         with step("build the buses"):
@@ -198,6 +209,8 @@ class _Launch:
             janitor.seal(self.say)
             jail.drop_privileges()
         how = loop.run(threads, seal)
+        if recordings is not None:
+            recordings.write(self.say)
         if config.verbose:
             self._say_accesses(core, proxies, pci)
         return how
@@ -258,6 +271,13 @@ class _Launch:
         self.undo.callback(recorder.close)
         self.say(f"WARNING: {LEARN}: what {recorder.device} may not do is recorded, and not refused")
         return recorder
+
+    def _recordings(self) -> Recordings | None:
+        if self.config.record is None:
+            return None
+        from supervisor.recordings import Recordings  # noqa: PLC0415 - no other start pays for it
+
+        return Recordings(self.config.record)
 
     def _check_files(self) -> None:
         """Fail before anything is forked if a file cannot be opened; reading and checking it comes later."""
