@@ -131,6 +131,7 @@ def _arguments() -> argparse.ArgumentParser:
         metavar="FILE",
         help="append a JSON object for each system call that a policy refused; - is standard output",
     )
+    add("--record", metavar="DIR", help="keep each device's conversation there, for vmsup replay")
 
     doctor = verbs.add_parser(
         "doctor", help="what this host offers: KVM, its extensions, the layers of the jail"
@@ -194,6 +195,10 @@ def _arguments() -> argparse.ArgumentParser:
         "name", metavar="NAME"
     )
     policy.add_parser("disasm", help="a compiled program as text").add_argument("file", metavar="FILE")
+
+    replay = verbs.add_parser("replay", help="hold recorded conversations again, with new device processes")
+    replay.add_argument("dir", metavar="DIR", help="what vmsup run --record made, or one file of it")
+    replay.add_argument("--no-jail", action="store_true", help="run the device processes without a jail")
 
     fuzz = verbs.add_parser(
         "fuzz",
@@ -365,6 +370,13 @@ def _dispatch(args: argparse.Namespace) -> int:
             from supervisor import pages  # noqa: PLC0415
 
             text, code = pages.policy(args, complain)
+            print(text)
+            return code
+        case "replay":
+            from supervisor import recordings  # noqa: PLC0415
+
+            mode = jail.Mode.NONE if args.no_jail else jail.Mode.FULL
+            text, code = recordings.replay(args.dir, mode)
             print(text)
             return code
         case "fuzz":
