@@ -375,8 +375,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         case "replay":
             from supervisor import recordings  # noqa: PLC0415
 
-            mode = jail.Mode.NONE if args.no_jail else jail.Mode.FULL
-            text, code = recordings.replay(args.dir, mode)
+            text, code = recordings.replay(args.dir, jailed=not args.no_jail)
             print(text)
             return code
         case "fuzz":
