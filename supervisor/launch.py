@@ -39,6 +39,7 @@ from supervisor.vcputhread import VcpuThread
 
 if TYPE_CHECKING:
     from supervisor.recorder import Recorder
+    from supervisor.recordings import Recordings
 
 _EVENTS = (("panic", ending.PANIC), ("poweroff", ending.POWEROFF), ("reset", ending.RESET))
 _ECAM_BUSES = 1
