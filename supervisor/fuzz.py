@@ -231,6 +231,8 @@ class Worker:
 
     def answer(self) -> dict[str, Any]:
         """The answer that has come.  Raises Died, also for a process that breaks the protocol."""
+        if not select.select([self.subject.control], [], [], 0)[0]:  # it is held for a forbidden call
+            raise self.subject.autopsy()
         try:
             message = self.subject.control.recv()
             if message != Pong(self._token):

@@ -1,4 +1,4 @@
-"""`vmsup fuzz` in the jail, as root and as an ordinary user, of devices as they are and of devices with a bug.
+"""`vmsup fuzz` in the jail, as root and as an ordinary user, of devices as they are and with a bug planted.
 
 The table of seeded bugs, with how many inputs each took, is printed at the end: `pytest -s`.
 """
