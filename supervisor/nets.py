@@ -54,8 +54,8 @@ def open_net(net: NetConfig, host: Host) -> Opened:
         fds, mtu = (_passt(net, host),), net.mtu or _PASST_MTU
     else:
         fds = tuple(_named_tap(net)) if net.tap_name is not None else (_given_tap(net),)
-        mtu = net.mtu or _mtu_of(fds[0])
         host.undo.callback(_close, fds)
+        mtu = net.mtu or _mtu_of(fds[0])
         fds += (fds[0],) * (NET_PAIRS - len(fds))
     return Opened({"link": fds}, (mac, mtu, net.queues, net.bps, net.pps))
 
