@@ -83,6 +83,7 @@ def test_inflating_gives_pages_back_to_the_host(guest: Guest) -> None:
     assert before - guest.blocks() == 4
     assert set(range(FREE_PAGES)) - set(guest.used_pages()) == {3, 4, 5, 9}
     assert guest.count("inflated_pages") == 4
+    assert guest.bench.edges[f"irq{INFLATE + 1}"] == 1
 
 
 def test_a_page_above_4_gib_has_a_number_too(guest: Guest) -> None:
@@ -163,12 +164,24 @@ def test_a_refresh_before_there_is_a_driver_is_nothing(bench: Any) -> None:
     bench("virtio-balloon").model.set("refresh", 1)
 
 
-def test_the_device_still_has_the_statistics_buffer_after_save(guest: Guest) -> None:
+def test_a_reset_ends_the_conversation_about_statistics(guest: Guest) -> None:
     guest.send(STATS, stats((4, 77)))
-    twin = guest.bench.fork()
-    assert twin.model.counters()["free_bytes"] == 77
-    twin.pump()
-    twin.model.set("refresh", 1)
+    guest.driver.start(ALL)
+    assert "free_bytes" not in guest.model.counters()
+    guest.model.set("refresh", 1)
+    assert not guest.driver.queues[STATS].used()
+
+
+@pytest.mark.parametrize("twin", [False, True], ids=["saved", "restored"])
+def test_the_device_still_has_the_statistics_buffer_after_save(guest: Guest, twin: bool) -> None:
+    guest.model.set("target_mib", 2)
+    guest.send(STATS, stats((4, 77)))
+    bench = guest.bench.fork() if twin else guest.bench
+    bench.model.save()
+    assert bench.model.counters()["free_bytes"] == 77
+    assert bench.model.read_num_pages() == 512
+    bench.pump()
+    bench.model.set("refresh", 1)
     assert len(guest.driver.queues[STATS].used()) == 1
 
 

@@ -173,6 +173,7 @@ def test_what_is_printed_leaves(plain: Guest) -> None:
     plain.send(TX, b"hello, ", b"world\n")
     assert plain.lines[0].shown == b"hello, world\n"
     assert len(plain.driver.queues[TX].used()) == 1
+    assert plain.bench.edges[f"irq{TX + 1}"] == 1
 
 
 def test_a_long_paste_fills_buffer_after_buffer(plain: Guest) -> None:
@@ -349,6 +350,7 @@ def test_input_of_a_port_that_is_closed_stays_on_the_host(multi: Guest) -> None:
     multi.provide(4, 1)
     multi.say(1, PORT_OPEN, 0)
     multi.type(1, b"later")
+    multi.lines[1].on_input()  # select had said so before it was closed
     assert multi.lines[1].typed == b"later"
     multi.say(1, PORT_OPEN, 1)
     assert multi.got(4) == b"later"
