@@ -183,6 +183,8 @@ class Bench:
                     raised.clear()
             if seen is not None:
                 seen.append(self._step(got))
+        if self._repeats < REPEATS_MAX:
+            self._check_growth()
 
     def check(self, data: bytes) -> list[Step]:
         """The oracles that take longer; `data` has been run, and raised nothing.  Returns what it brings.
@@ -191,9 +193,7 @@ class Bench:
             Finding: an oracle spoke.
             Exception: the model raised.
         """
-        extent = _Snapshot([self.model]).extent
-        if extent > self._extent + GROWTH_MAX:
-            raise Finding("growth", f"the model holds {extent} items, {self._extent} when it was new")
+        self._check_growth()
         self.reset()
         again: list[Step] = []
         self.run(data, again)
@@ -207,6 +207,11 @@ class Bench:
         if other._guest is None:  # whose interrupts are counted by what was used
             other._check_quiet()
         return steps
+
+    def _check_growth(self) -> None:
+        extent = _Snapshot([self.model]).extent
+        if extent > self._extent + GROWTH_MAX:
+            raise Finding("growth", f"the model holds {extent} items, {self._extent} when it was new")
 
     def _check_restore(self, other: Bench) -> None:
         saved = self.model.save()
@@ -233,9 +238,8 @@ class Bench:
                     self.model.read(region.space, offset, 1)
                     self._pump()
                 if len(self._raised) > 1:
-                    raise Finding(
-                        "cause", f"{len(self._raised)} edges while {region.space.name} {offset:#x} is read"
-                    )
+                    where = f"{offset:#x} of space {region.space}"
+                    raise Finding("cause", f"edges while {where} is read and read again")
 
     def _repeat(self, last: tuple[int, int, int, int, int], count: int) -> int | None:
         op, space, offset, size, value = last
@@ -243,15 +247,21 @@ class Bench:
         edges = len(self._raised)
         count = min(count, self._repeats)
         self._repeats -= count
-        for _ in range(count):
+        late = 0
+        for n in range(count):
             if op == Op.READ:
                 got = self.model.read(space, offset, size)
             else:
                 self.model.write(space, offset, size, value)
             self._pump()
-            if len(self._raised) > edges + EDGES_MAX:
-                raise Finding("storm", f"{len(self._raised) - edges} edges in one access")
-            edges = len(self._raised)
+            raised = len(self._raised) - edges
+            if raised > EDGES_MAX:
+                raise Finding("storm", f"{raised} edges in one access")
+            if raised and n >= _SETTLE and op == Op.READ and not self._waiting:
+                late += 1
+                if late > 1:
+                    raise Finding("cause", f"edges while {offset:#x} of space {space} is read and read again")
+            edges += raised
         return got
 
     def _entropy(self, size: int) -> bytes:

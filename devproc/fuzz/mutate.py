@@ -78,10 +78,12 @@ class Mutator:
         if kinds & {"output", "tap", "stream"}:
             weighted.append((1, [encode([Record(Op.ROOM, data=n)]) for n in (0, 0, 1, 15, ROOM_MAX)]))
         self._pools = [pool for weight, pool in weighted for _ in range(weight if pool else 0)]
-        slow = [Record(Op.SAVE), *(Record(Op.REPEAT, data=n) for n in (2, 17, 5000))]
+        slow = [[Record(Op.SAVE)], *([Record(Op.REPEAT, data=n)] for n in (17, 100, 200))]
+        for write in {w[:8]: w for w in writes}.values():  # each register once
+            slow.append([Record(*RECORD.unpack(write)), Record(Op.REPEAT, data=5000)])
         if entry.virtio is not None:
-            slow += [Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice) for choice in range(16)]
-        self._slow = [encode([r]) for r in slow]
+            slow += [[Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(16)]
+        self._slow = [encode(r) for r in slow]
 
     def _accesses(self, tables: Sequence[Table], numbers: list[int]) -> tuple[list[bytes], list[bytes]]:
         reads: list[Record] = []
