@@ -27,7 +27,7 @@ from devproc import jail, zygote
 from devproc.catalog import CATALOG, Entry
 from devproc.channel import ChannelClosed
 from devproc.fuzz import instrument
-from devproc.fuzz.inputs import InputError, Rep, canonical, default_params, parse
+from devproc.fuzz.inputs import RECORD, InputError, Rep, canonical, default_params, parse
 from devproc.fuzz.page import INPUT_MAX
 from devproc.wire import PeerError, Ping, Pong, Scalar
 from kvmcore.errors import ConfigError
@@ -43,6 +43,7 @@ _BATCH_S: Final = 0.25  # how long a request should take
 _LOOK_S: Final = 0.01  # how often the watch looks
 _INPUTS_PER_REQUEST: Final = 128
 _STATUS_S: Final = 0.5
+_PART: Final = 48 * RECORD.size  # of a recording, to be an input
 
 Say = Callable[[str], None]
 
@@ -146,9 +147,11 @@ def read_corpus(entry: Entry, where: Path) -> dict[str, bytes]:
     except OSError as e:
         raise ConfigError(f"{where}: {e.strerror}") from None
     for path in paths:
-        data = canonical(entry, read_input(entry, path).data)
-        if data:
-            found[name_of(data)] = data
+        data = canonical(entry, read_input(entry, path).data, recorded=True)
+        for start in range(0, len(data), _PART):  # a recording is long
+            part = canonical(entry, data[start : start + _PART])
+            if part:
+                found[name_of(part)] = part
     return found
 
 

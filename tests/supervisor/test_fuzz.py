@@ -193,6 +193,15 @@ def test_any_file_of_a_corpus_is_an_input(tmp_path: Path) -> None:
         read_input(CATALOG["pit"], tmp_path / "missing")
 
 
+def test_a_recording_in_a_corpus_is_several_inputs_without_its_answers(tmp_path: Path) -> None:
+    read = Record(Op.READ, size=1, aux=1, data=7)
+    many = encode([*[read] * 100, Record(Op.RAISED, data=1)])
+    (tmp_path / "serial1.vmrep").write_text(to_text(Rep("serial", many)))
+    found = read_corpus(CATALOG["serial"], tmp_path)
+    plain = Record(Op.READ, size=1)
+    assert sorted(found.values(), key=len) == [encode([plain] * n) for n in (4, 48)]
+
+
 def test_a_dictionary_gives_texts_and_numbers(tmp_path: Path) -> None:
     path = tmp_path / "words"
     path.write_text('# words\n\nkw="AT\\x0d"\n"\\x34\\x12"\n')
