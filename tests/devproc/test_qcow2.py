@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -348,3 +349,102 @@ def test_no_image_makes_it_raise_anything_but_its_errors(make: Make, seed: int) 
         except OSError as e:
             assert e.errno in (errno.EIO, errno.ENOSPC), e
     os.close(fd)
+
+
+class PowerCut(Exception):
+    """After this many writes."""
+
+
+class Unstable:
+    """A `ports.File` whose host loses power: what was written since the last flush is there or is not."""
+
+    def __init__(self, data: bytes, writes: int) -> None:
+        self._writes = writes
+        self.now = bytearray(data)
+        self._stable = bytes(data)
+        self._since: list[tuple[int, bytes]] = []  # by sectors, because each is whole or not there
+
+    @property
+    def length(self) -> int:
+        return len(self.now)
+
+    size = length
+
+    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+        for view in into:
+            view[:] = self.now[offset : offset + len(view)]
+            offset += len(view)
+
+    def write(self, offset: int, data: Sequence[memoryview]) -> None:
+        written = b"".join(data)
+        assert offset + len(written) <= self.length
+        self._writes -= 1
+        if self._writes < 0:
+            raise PowerCut
+        self.now[offset : offset + len(written)] = written
+        for at in range(offset // SECTOR * SECTOR, offset + len(written), SECTOR):
+            self._since.append((at, bytes(self.now[at : at + SECTOR])))
+
+    def flush(self) -> None:
+        self._stable, self._since = bytes(self.now), []
+
+    def discard(self, offset: int, size: int) -> None:
+        self.write(offset, [memoryview(bytes(size))])
+
+    def zero(self, offset: int, size: int, *, unmap: bool) -> None:
+        self.write(offset, [memoryview(bytes(size))])
+
+    def extend(self, length: int) -> None:
+        self.now += bytes(length - self.length)
+
+    def close(self) -> None:
+        pass
+
+    def after_power_cut(self, rng: random.Random) -> bytes:
+        left = bytearray(self._stable) + bytes(self.length - len(self._stable))
+        for at, data in self._since:
+            if rng.random() < 0.5:
+                left[at : at + SECTOR] = data
+        return bytes(left)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_power_cut_leaves_no_damage_and_what_was_flushed(make: Make, seed: int) -> None:
+    rng = random.Random(seed)
+    path = make(rng.choice(("cluster_size=1k", "cluster_size=4k", "compat=0.10,cluster_size=4k", "")))
+    file = Unstable(path.read_bytes(), rng.choice((20, 100, 400, 1500)))
+    disk = Qcow2(file)
+    flushed = bytearray(SIZE)
+    touched: set[int] = set()
+    with contextlib.suppress(PowerCut):
+        play_until_it_ends(disk, rng, flushed, touched)
+    path.write_bytes(file.after_power_cut(rng))
+    done = subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], capture_output=True, check=False)
+    assert done.returncode in (0, 3), done.stdout
+    fd = os.open(path, os.O_RDWR)
+    found = bytearray(SIZE)
+    Qcow2(Disk(fd), read_only=True).read(0, [memoryview(found)])
+    os.close(fd)
+    for sector in set(range(SIZE // SECTOR)) - touched:
+        at = sector * SECTOR
+        assert found[at : at + SECTOR] == flushed[at : at + SECTOR], sector
+
+
+def play_until_it_ends(disk: Qcow2, rng: random.Random, flushed: bytearray, touched: set[int]) -> None:
+    """Random requests; `flushed` is what the last flush found, `touched` the sectors written since."""
+    while True:
+        offset = rng.randrange(SIZE // SECTOR) * SECTOR
+        length = min(rng.choice((1, 8, 40, 2000)) * SECTOR, SIZE - offset)
+        sectors = range(offset // SECTOR, (offset + length) // SECTOR)
+        touched.update(sectors)
+        match rng.randrange(5):
+            case 0 | 1:
+                disk.write(offset, [memoryview(rng.randbytes(length))])
+            case 2:
+                disk.zero(offset, length, unmap=True)
+            case 3:
+                disk.discard(offset, length)
+            case _:
+                disk.flush()
+                disk.read(0, [memoryview(flushed)])
+                touched.clear()
