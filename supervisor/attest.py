@@ -29,7 +29,6 @@ UNSEEN: Final = ("securebits", "the parent-death signal", "MDWE", "Landlock")
 
 _OWN: Final = "its own"
 _NONE: Final = "none"
-_OFFERED: Final = "offered"
 _CAPABILITIES: Final = ("Inh", "Prm", "Eff", "Bnd", "Amb")
 _LIMITED: Final = "limited"  # by a parameter, so each instance to its own
 _LIMITS: Final = ("core file size", "data size", "file size", "locked memory", "processes", "open files")
@@ -64,10 +63,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Every field of every process, as user `uid` sees it."""
+    """Every field of every process, as user `uid` sees it; `lacking`: layers this kernel has not, and why."""
 
     uid: int
     findings: tuple[Finding, ...]
+    lacking: Mapping[str, str]
 
     @property
     def unproven(self) -> list[Finding]:
@@ -78,6 +78,7 @@ class Report:
             "uid": self.uid,
             "proven": not self.unproven,
             "unseen": list(UNSEEN),
+            "lacking": dict(self.lacking),
             "findings": [asdict(f) | {"verdict": f.verdict} for f in self.findings],
         }
 
@@ -94,6 +95,7 @@ class Report:
             hidden = [f.field for f in self.findings if f.pid == pid and f.verdict == "hidden"]
             if hidden:
                 lines.append(f"hidden from uid {self.uid}: {name}: {', '.join(hidden)}")
+        lines += [f"not offered by this kernel: {layer}: {why}" for layer, why in self.lacking.items()]
         lines.append(f"shown to nobody: {', '.join(UNSEEN)}; vmsup jail selftest tries what they forbid")
         return "\n".join(lines)
 
@@ -163,11 +165,7 @@ def attest(
     """
     head = _Process("supervisor", supervisor)
     processes = [_Process(name, pid) for name, pid, _ in devices]
-    lacking = jail.lacking()
-    findings = [
-        Finding("kernel", 0, layer, f"layer {layer}", _OFFERED, lacking.get(layer, _OFFERED))
-        for layer in ("memory", "landlock")
-    ]
+    findings: list[Finding] = []
 
     def compare(process: _Process, rows: Sequence[Row]) -> None:
         for layer, name, declared, look in rows:
@@ -183,7 +181,7 @@ def attest(
     for process, (_, _, entry) in zip(processes, devices, strict=True):
         others = [head, *(p for p in processes if p is not process)]
         compare(process, _device(process, entry, head, others))
-    return Report(os.geteuid(), tuple(findings))
+    return Report(os.geteuid(), tuple(findings), jail.lacking())
 
 
 def of_vm(answer: Mapping[str, Any]) -> Report:

@@ -36,7 +36,7 @@ def test_every_process_is_as_declared_and_the_vm_goes_on(
 ) -> None:
     one = machine("idle", "--irqchip", irqchip)
     found = report(one)
-    ours = {"kernel", "supervisor", "zygote", "janitor"}
+    ours = {"supervisor", "zygote", "janitor"}
     assert {f["process"] for f in found["findings"]} == {*ours, *devices(irqchip)}
     differs = {f["layer"] for f in found["findings"] if f["verdict"] == "differs"}
     assert differs == set(jail.lacking())
