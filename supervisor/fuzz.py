@@ -218,7 +218,8 @@ class Worker:
         self.backlog: list[bytes] = []
         self._token = 0
         self._answered = 0  # inputs begun when it last answered
-        self._number = self._cpu_ns = 0
+        self._pulse = (0, 0)
+        self._cpu_ns = 0
         self._moved_s = 0.0
 
     def ask(self, request: dict[str, Any]) -> None:
@@ -226,7 +227,7 @@ class Worker:
         self.subject.page.ask(request)
         self._token = (self._token + 1) & 0xFFFFFFFF
         self.busy = True
-        self._number, self._cpu_ns, self._moved_s = -1, 0, time.monotonic()
+        self._pulse, self._cpu_ns, self._moved_s = (-1, 0), 0, time.monotonic()
         try:
             self.subject.control.send(Ping(self._token))
         except ChannelClosed:
@@ -251,10 +252,10 @@ class Worker:
 
     def watch(self) -> None:
         """Look whether it goes on.  Raises Died."""
-        number, _ = self.subject.page.current()
+        pulse = self.subject.page.pulse()
         cpu_ns, now_s = self.subject.cpu_ns(), time.monotonic()
-        if number != self._number:
-            self._number, self._cpu_ns, self._moved_s = number, cpu_ns, now_s
+        if pulse != self._pulse:
+            self._pulse, self._cpu_ns, self._moved_s = pulse, cpu_ns, now_s
         elif cpu_ns - self._cpu_ns > self._hang_s * 1e9 or now_s - self._moved_s > _LOST_S:
             raise self.subject.hang(self._hang_s)
 

@@ -89,8 +89,8 @@ class _Run:
                 value = self._access(record)
                 self._last = record
             case Op.REPEAT if self._last is not None:
-                count = min(record.data, self._repeats)
-                self._repeats -= count
+                count = min(record.data, self._repeats // self._last.size)
+                self._repeats -= count * self._last.size
                 for _ in range(count):
                     value = self._access(self._last)
                     self._rest()

@@ -21,7 +21,7 @@ from devproc.ports import Device
 from kvmcore.memory import GuestMemory
 
 EDGES_MAX: Final = 16
-GROWTH_MAX: Final = 4096
+GROWTH_MAX: Final = 2048
 PENDING_MAX: Final = 1 << 16  # bytes of DATA that wait
 _SETTLE: Final = 64  # reads after which reading alone must not interrupt any more
 _I63: Final = 1 << 63
@@ -186,8 +186,10 @@ class Bench:
         if self._repeats < REPEATS_MAX:
             self._check_growth()
 
-    def check(self, data: bytes) -> list[Step]:
+    def check(self, data: bytes, alive: Callable[[], None] = lambda: None) -> list[Step]:
         """The oracles that take longer; `data` has been run, and raised nothing.  Returns what it brings.
+
+        `alive` is called after each part that may take as long as a run.
 
         Raises:
             Finding: an oracle spoke.
@@ -197,13 +199,16 @@ class Bench:
         self.reset()
         again: list[Step] = []
         self.run(data, again)
+        alive()
         other = self._make()
         steps: list[Step] = []
         other.run(data, steps)
+        alive()
         if again != steps:
             where = next(i for i, (a, b) in enumerate(zip(again, steps, strict=True)) if a != b)
             raise Finding("fresh", f"operation {where}: {steps[where]} from a new model, not {again[where]}")
         other._check_restore(self._make())
+        alive()
         if other._guest is None:  # whose interrupts are counted by what was used
             other._check_quiet()
         return steps
@@ -245,8 +250,8 @@ class Bench:
         op, space, offset, size, value = last
         got: int | None = None
         edges = len(self._raised)
-        count = min(count, self._repeats)
-        self._repeats -= count
+        count = min(count, self._repeats // size)
+        self._repeats -= count * size
         late = 0
         for n in range(count):
             if op == Op.READ:

@@ -113,6 +113,7 @@ class Executor:
         self._patterns: set[bytes] = set()
         self._known: set[str] = set()  # keys of findings that were reported
         self._runs = 0
+        self._beats = 0
         self._bench = self._new_bench()
         self.device: Device = self._bench.model
 
@@ -147,7 +148,7 @@ class Executor:
             self._mutator = Mutator(self._entry, self._model.TABLES, words, asked["seed"])
             self._random = self._mutator.random
             self._begin(b"")
-            self._bench.check(b"")  # what a device does in any input is nothing new
+            self._bench.check(b"", self._alive)  # what a device does in any input is nothing new
             self._note()
         new: list[dict[str, Any]] = []
         found: list[dict[str, Any]] = []
@@ -182,7 +183,7 @@ class Executor:
             error = None
             try:
                 self._run(data)
-                self._bench.check(data)
+                self._bench.check(data, self._alive)
             except Exception as e:
                 error = describe(e)
                 self._bench = self._new_bench()
@@ -215,14 +216,14 @@ class Executor:
                 self._patterns.add(hit)
                 bits = int.from_bytes(hit, "little") & ~self._seen
                 if bits:
-                    self._bench.check(data)
+                    self._bench.check(data, self._alive)
                     self._note()
                     data = self._trimmed(data, bits)
                     self._corpus.append(data)
                     new.append({"input": data.hex(), "blocks": self._indices(bits)})
                     return
             if check or not self._runs % _CHECK_EVERY:
-                self._bench.check(data)
+                self._bench.check(data, self._alive)
         except Exception as e:
             self._bench = self._new_bench()
             told = describe(e)
@@ -251,6 +252,11 @@ class Executor:
         self._runs += 1
         self._page.begin(self._runs, data)
         self._page.map[: self._blocks] = self._zeros
+
+    def _alive(self) -> None:
+        """Tell who watches that this goes on, if not with another input."""
+        self._beats += 1
+        self._page.beat(self._beats)
 
     def _note(self) -> None:
         """What the blocks in the map are is known from now on."""

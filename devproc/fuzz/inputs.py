@@ -36,8 +36,8 @@ RECORD: Final = Struct("<BBBBIQ")
 RECORDS_MAX: Final = 512  # of an input for fuzzing; a recording is as long as it is
 CLOCK_MAX_NS: Final = 1 << 50  # 13 days
 ROOM_MAX: Final = 1 << 16
-REPEAT_MAX: Final = 8192
-REPEATS_MAX: Final = 8192  # in one input: more would take as long as what hangs
+REPEAT_MAX: Final = 4096
+REPEATS_MAX: Final = 4096  # bytes of repeated accesses in one input: more would take as long as what hangs
 PORTS_MAX: Final = 4  # of one kind: INPUT of a virtio device says which
 QUEUE_SHIFT_MAX: Final = 4
 """log2 of the largest queue: small ones wrap around sooner."""

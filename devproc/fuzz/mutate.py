@@ -80,7 +80,7 @@ class Mutator:
         self._pools = [pool for weight, pool in weighted for _ in range(weight if pool else 0)]
         slow = [[Record(Op.SAVE)], *([Record(Op.REPEAT, data=n)] for n in (17, 100, 200))]
         for write in {w[:8]: w for w in writes}.values():  # each register once
-            slow.append([Record(*RECORD.unpack(write)), Record(Op.REPEAT, data=5000)])
+            slow.append([Record(*RECORD.unpack(write)), Record(Op.REPEAT, data=3000)])
         if entry.virtio is not None:
             slow += [[Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(16)]
         self._slow = [encode(r) for r in slow]

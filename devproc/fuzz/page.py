@@ -21,7 +21,9 @@ from devproc.wire import PeerError
 INPUT_MAX: Final = RECORDS_MAX * RECORD.size
 _HEAD: Final = Struct("<QI")  # inputs begun, length of the last one
 _CLOCKS: Final = Struct("<qq")  # monotonic, wall
+_BEAT: Final = Struct("<Q")
 _HEAD_AT: Final = BLOCKS_MAX
+_BEAT_AT: Final = _HEAD_AT + 16
 _CLOCKS_AT: Final = _HEAD_AT + 32
 _INPUT_AT: Final = _HEAD_AT + 64
 _REQUEST_AT: Final = _INPUT_AT + INPUT_MAX
@@ -48,6 +50,10 @@ class Page:
         _HEAD.pack_into(self.map, _HEAD_AT, number, len(data))
         self.map[_INPUT_AT : _INPUT_AT + len(data)] = data
 
+    def beat(self, number: int) -> None:
+        """Note that the input goes on."""
+        _BEAT.pack_into(self.map, _BEAT_AT, number)
+
     def request(self) -> Any:
         """What was asked."""
         return self._get(_REQUEST_AT)
@@ -67,6 +73,10 @@ class Page:
         return now
 
     # -- the fuzzer's end
+
+    def pulse(self) -> tuple[int, int]:
+        """What changes as long as the process gets on: inputs begun, and parts of them."""
+        return _HEAD.unpack_from(self.map, _HEAD_AT)[0], _BEAT.unpack_from(self.map, _BEAT_AT)[0]
 
     def ask(self, what: object) -> None:
         """Put a request there."""

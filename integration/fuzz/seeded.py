@@ -42,7 +42,7 @@ BUGS: Final = {
                 "(self, _data: int) -> None:\n        self._queue.append(_data)\n",
             ),
         ),
-        "write PORT 0x0 1 0x1; repeat 8000",
+        "write PORT 0x0 1 0x1; repeat 4000",
     ),
     "interrupt-at-every-look": Bug(
         "serial",
