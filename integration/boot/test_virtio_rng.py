@@ -27,9 +27,7 @@ dmesg | grep -E 'BUG|Oops|WARNING:|nobody cared|soft lockup|virtio.*(fail|error)
 """
 
 
-@pytest.mark.parametrize(
-    ("irqchip", "msi"), [("kernel", True), ("split", True), ("kernel", False), ("split", False)]
-)
+@pytest.mark.parametrize(("irqchip", "msi"), [("kernel", True), ("split", False)])
 def test_linux_takes_random_numbers(
     tmp_path: Path, booted: Callable[[], None], irqchip: str, msi: bool
 ) -> None:
