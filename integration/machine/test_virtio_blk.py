@@ -110,6 +110,34 @@ def test_a_shrunken_image_is_an_error_of_the_guests_and_no_death(
     assert "block1: a request failed: the image has become shorter" in disk.vmsup.errors()
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A directory with room for 16 KiB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(path)], check=True)
+    except subprocess.CalledProcessError:
+        pytest.skip("cannot mount a small file system: needs root")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_host_is_an_error_of_the_guests_until_there_is_room_again(
+    start: Callable[..., Disk], small: Path
+) -> None:
+    image = small / "image"
+    image.touch()
+    os.truncate(image, SIZE)
+    disk = start(str(image))
+    statuses = [disk.ask(Type.OUT, at, b"full" * 1024)[0] for at in range(0, SIZE // 512, 256)]
+    assert S_OK in statuses and statuses[-1] == S_IOERR
+    subprocess.run(["mount", "-o", "remount,size=2M", str(small)], check=True)
+    assert disk.ask(Type.OUT, SIZE // 512 - 8, b"room" * 1024) == bytes([S_OK])
+    assert disk.guest.power_off() == 0
+    assert "block1: a request failed: No space left on device" in disk.vmsup.errors()
+
+
 def test_a_second_vm_is_refused_the_image_in_one_line(start: Callable[..., Disk], image: Path) -> None:
     disk = start(str(image))
     second = vm.run("--block", str(image), str(Path(__file__)))
