@@ -24,7 +24,8 @@ F_SIZE, F_MULTIPORT = 1 << 0, 1 << 1
 CONTROL_RX, CONTROL_TX = 2, 3
 CONTROL: Final = Struct("<IHH")  # 5.3.6.2: id, event, value
 DEVICE_READY, PORT_ADD, PORT_READY, CONSOLE_PORT, RESIZE, PORT_OPEN, PORT_NAME = 0, 1, 3, 4, 5, 6, 7
-# The specification has columns first.  Linux reads rows first, and so every device sends them.
+# 5.3.6.2: columns, rows.  Linux took rows first until 6.15 and the stable releases of that time; in the
+# configuration, which is what counts without F_MULTIPORT, columns always were.
 SIZE: Final = Struct("<HH")
 INPUT_MAX: Final = 4096  # bytes taken from the host at a time
 OUTPUT_MAX: Final = 65536  # bytes copied for the host at a time
@@ -259,7 +260,7 @@ class VirtioConsole(VirtioDevice):
             if event == PORT_NAME:
                 message += port.name
             elif event == RESIZE:
-                message += SIZE.pack(port.rows, port.columns)
+                message += SIZE.pack(port.columns, port.rows)
             if chain.write_size < len(message):
                 self.push(CONTROL_RX, chain, 0)
                 self.fail(f"queue {CONTROL_RX}: {chain.write_size} bytes for a message of {len(message)}")

@@ -214,7 +214,7 @@ def test_the_driver_is_told_of_every_port(bench: Any) -> None:
     guest = Guest(bench, names=b"\0agent\0\0")
     assert guest.driver.config(MAX_NR_PORTS, 4) == 4
     guest.model.set("size", 132 | 50 << 16 | 2 << 32)
-    size = struct.pack("<HH", 50, 132)
+    size = struct.pack("<HH", 132, 50)
     none = bytes(4)
     assert guest.open_all() == [
         (0, PORT_ADD, b""), (1, PORT_ADD, b""), (2, PORT_ADD, b""), (3, PORT_ADD, b""),
@@ -240,9 +240,9 @@ def test_every_port_has_its_own_queues(multi: Guest) -> None:
         assert multi.lines[port].shown == b"from%d" % port
 
 
-def test_a_resized_window_is_a_message_with_rows_first(multi: Guest) -> None:
+def test_a_resized_window_is_a_message_with_columns_first(multi: Guest) -> None:
     multi.model.set("size", 100 | 30 << 16 | 2 << 32)
-    assert multi.heard() == [(2, RESIZE, struct.pack("<HH", 30, 100))]
+    assert multi.heard() == [(2, RESIZE, struct.pack("<HH", 100, 30))]
     multi.model.set("size", 100 | 30 << 16 | 1 << 32)
     assert multi.heard() == [], "the agent has no window"
 
@@ -256,7 +256,7 @@ def test_only_the_last_size_is_told_to_a_driver_that_is_busy(bench: Any) -> None
     guest.model.set("size", 1)
     guest.model.set("size", 2)
     guest.provide(CONTROL_RX, 4)
-    assert guest.heard() == [(0, RESIZE, struct.pack("<HH", 0, 2))]
+    assert guest.heard() == [(0, RESIZE, struct.pack("<HH", 2, 0))]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
