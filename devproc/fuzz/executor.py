@@ -29,7 +29,7 @@ from devproc.channel import Channel
 from devproc.fuzz import instrument
 from devproc.fuzz.bench import Bench, Step
 from devproc.fuzz.finding import Finding
-from devproc.fuzz.inputs import RECORD, canonical
+from devproc.fuzz.inputs import RECORD, Op, canonical
 from devproc.fuzz.mutate import Mutator
 from devproc.fuzz.page import Page
 from devproc.ports import Device
@@ -232,13 +232,17 @@ class Executor:
                 found.append({**told, "input": data.hex()})
 
     def _trimmed(self, data: bytes, bits: int) -> bytes:
-        """`data` without operations that `bits`, blocks it reaches, do not need."""
-        at = len(data) - RECORD.size
-        while at >= 0:
-            shorter = data[:at] + data[at + RECORD.size :]
-            if shorter and int.from_bytes(self._run(shorter), "little") & bits == bits:
-                data = shorter
-            at -= RECORD.size
+        """`data` without operations, and with no more repetitions, than `bits`, blocks it reaches, need."""
+        for at in range(len(data) - RECORD.size, -1, -RECORD.size):
+            less = [b""]
+            op, *rest, count = RECORD.unpack_from(data, at)
+            if op == Op.REPEAT:  # every input made of this one would take as long
+                less += [RECORD.pack(op, *rest, n) for n in (2, 17, 300) if n < count]
+            for instead in less:
+                shorter = data[:at] + instead + data[at + RECORD.size :]
+                if shorter and int.from_bytes(self._run(shorter), "little") & bits == bits:
+                    data = shorter
+                    break
         return data
 
     def _run(self, data: bytes) -> bytes:

@@ -139,7 +139,7 @@ def chunks(data: bytes) -> Iterator[Record]:
 
 def sizes(data: int) -> tuple[int, ...]:
     """The four sizes of a CHAIN: two that are read, two that are written; 0: there is none."""
-    return tuple(data >> shift & 0xFFFF for shift in (0, 16, 32, 48))
+    return data & 0xFFFF, data >> 16 & 0xFFFF, data >> 32 & 0xFFFF, data >> 48
 
 
 def packed(*four: int) -> int:

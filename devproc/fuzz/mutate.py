@@ -29,7 +29,7 @@ from devproc.fuzz.shapes import SHAPES, SHAPES_OF
 from devproc.regs import INDEXED, Table
 from devproc.wire import SIZES
 
-LENGTH_MAX: Final = 64 * RECORD.size  # of what mutation makes: short inputs are quick, and are read by people
+LENGTH_MAX: Final = 32 * RECORD.size  # of what mutation makes: short inputs are quick, and are read by people
 _SIZE: Final = RECORD.size
 _SLOW: Final = 0.002  # how many of the operations are those that cost as much as a hundred others
 _NS: Final = 10**9
@@ -154,7 +154,7 @@ class Mutator:
             elif choice < 0.45:
                 at = int(rnd() * count) * _SIZE
                 data = data[:at] + self._snippet() + data[at + _SIZE :]
-            elif choice < 0.6:
+            elif choice < 0.62:
                 data = data[:at] + data[at + (1 + int(rnd() * rnd() * count)) * _SIZE :]
             elif choice < 0.85:
                 at = int(rnd() * count) * _SIZE
