@@ -314,7 +314,6 @@ class Campaign:
                 self._rehearsal = Rehearsal(
                     self._zygote("devproc.fuzz.rehearsal"), self.entry, plan.mode, plan.workers + 1
                 )
-                self._undo.callback(self._rehearsal.close)
             self.judge = self._worker(plan.workers, SLOW)
             self._findings = Findings(self.entry, self.params, plan.crashes, plan.mode)
         except BaseException:

@@ -36,9 +36,6 @@ class Rehearsal:
         self._mode = mode
         self._number = number
 
-    def close(self) -> None:
-        """Nothing is held between rehearsals."""
-
     def differs(self, rep: Rep, steps: Sequence[Any]) -> str | None:
         """How the process differs from `steps`, each [value, [[signal, count]...], hex]; None: it does not.
 

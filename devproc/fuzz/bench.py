@@ -16,7 +16,7 @@ from devproc.catalog import MEMORY_PARAMS, Descriptor, Entry, Params
 from devproc.fuzz import host
 from devproc.fuzz.finding import Finding
 from devproc.fuzz.guest import Guest
-from devproc.fuzz.inputs import CLOCK_START_NS, RECORD, REPEATS_MAX, WALL_START_NS, Op, Rep
+from devproc.fuzz.inputs import CLOCK_START_NS, RECORD, REPEATS_MAX, WALL_START_NS, Op
 from devproc.ports import Device
 from kvmcore.memory import GuestMemory
 
@@ -387,20 +387,6 @@ def memory_of(entry: Entry, params: Params) -> GuestMemory | None:
     below, above = (params[p.name] for p in MEMORY_PARAMS)
     assert isinstance(below, int) and above == 0
     return GuestMemory.create([(0, below)])
-
-
-def trace(entry: Entry, model: type[Any], rep: Rep) -> list[Step]:
-    """What each operation of `rep` brings from a new model.
-
-    Raises:
-        Finding: an oracle spoke.
-        Exception: the model raised.
-    """
-    steps: list[Step] = []
-    params = entry.check_params(rep.params)
-    bench = Bench(entry, model, params, rep.clock_ns, rep.wall_ns, memory_of(entry, params))
-    bench.run(rep.data, steps)
-    return steps
 
 
 _FIXED: Final = (regs._Bank, GuestMemory, Bench, host.Kick, host.Input, host.Output, host.Link)

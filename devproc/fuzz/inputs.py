@@ -41,7 +41,6 @@ REPEATS_MAX: Final = 4096  # bytes of repeated accesses in one input: more would
 PORTS_MAX: Final = 4  # of one kind: INPUT of a virtio device says which
 QUEUE_SHIFT_MAX: Final = 4
 """log2 of the largest queue: small ones wrap around sooner."""
-_CONSUMERS: Final = "INPUT", "SENT", "CHAIN"
 CHUNK: Final = 8  # bytes that one DATA record holds
 CLOCK_START_NS: Final = 5_000_000_000_000
 WALL_START_NS: Final = 1_700_000_000_000_000_000  # 2023-11-14 22:13:20 UTC
@@ -62,7 +61,7 @@ class Op(enum.IntEnum):
     WRITE = 1  # space, offset, size, data
     CLOCK = 2  # data: nanoseconds by which both clocks go on
     WALL = 3  # data: nanoseconds, signed, by which the wall clock jumps
-    DATA = 4  # size bytes of data, for the next INPUT or SENT
+    DATA = 4  # size bytes of data, for the next INPUT, CHAIN or SENT
     INPUT = 5  # space: which port; the bytes come from the host
     ROOM = 6  # data: bytes of output the host takes from now on
     REPEAT = 7  # data: how often the last access is made again
@@ -183,7 +182,7 @@ def canonical(entry: Entry, data: bytes, *, recorded: bool = False) -> bytes:
             continue
         kept = _canonical(entry, r, recorded)
         if kept is not None:
-            if Op(kept.op).name in _CONSUMERS:
+            if kept.op in (Op.INPUT, Op.CHAIN, Op.SENT):
                 found += chunks(pending)
                 pending = b""
             found.append(kept)
