@@ -43,6 +43,7 @@ _BATCH_S: Final = 0.25  # how long a request should take
 _LOOK_S: Final = 0.01  # how often the watch looks
 _INPUTS_PER_REQUEST: Final = 128
 _STATUS_S: Final = 0.5
+_SAMPLE_S: Final = 1.0  # how often an input that reached nothing new is rehearsed, too
 _PART: Final = 48 * RECORD.size  # of a recording, to be an input
 
 Say = Callable[[str], None]
@@ -302,6 +303,7 @@ class Campaign:
         self._say = say
         self._undo = contextlib.ExitStack()
         self._stop = False
+        self._sampled_s = 0.0
         self.params = default_params(self.entry) if plan.params is None else plan.params
         try:
             self.result.blocks = instrument.blocks(self.entry)
@@ -421,7 +423,11 @@ class Campaign:
                     other.backlog.append(data)
         for data in found:
             self._report(self._judged(data), data)
-        for data in [*fresh, sample]:
+        now_s = time.monotonic()
+        if now_s - self._sampled_s >= _SAMPLE_S:
+            self._sampled_s = now_s
+            fresh.append(sample)
+        for data in fresh:
             self._compare(data)
 
     def _keep(self, data: bytes) -> None:

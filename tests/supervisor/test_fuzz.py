@@ -130,7 +130,7 @@ def test_a_device_that_differs_behind_the_wire_is_a_finding(
         ("        return STATUS_OBF\n", "        return 3 if '__cov__' in globals() else STATUS_OBF\n"),
     )
     entry = plant("i8042", changes, "fuzzed_differs", tmp_path, monkeypatch)
-    plan = Plan(entry.name, None, tmp_path / "crashes", runs=6000, mode=jail.Mode.NONE)
+    plan = Plan(entry.name, None, tmp_path / "crashes", 60.0, mode=jail.Mode.NONE, stop=True)
     with Campaign(plan, nothing) as campaign:
         result = campaign.run(nothing)
     assert [f.kind for f in result.findings] == ["disagree"]
