@@ -37,6 +37,7 @@ _HEADER_SIZE: Final = struct.pack("=i", 12)
 _PASST: Final = "passt"
 _PASST_MTU: Final = 65520  # its own default: there is no segmentation offload that would make large packets
 _NOBODY: Final = "nobody"
+_SNDBUF: Final = 4 << 20
 _READY_S: Final = 10.0
 _END_S: Final = 1.0
 _LINE_MAX: Final = 4096
@@ -150,6 +151,8 @@ def _passt(net: NetConfig, host: Host) -> int:
     """Our end of the socket of a passt that has started; it ends when that is closed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
+    for end in (ours, theirs):  # as much as an ordinary user gets: passt drops what finds no room
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SNDBUF)
     started, pidfile = os.pipe()
     stderr, its_stderr = os.pipe()
     words = [_PASST, "--fd", str(theirs.fileno()), "--foreground", "--quiet"]

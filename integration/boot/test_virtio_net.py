@@ -55,13 +55,12 @@ ip route add default via {GATEWAY}
 """
 # In the guest: bytes both ways, whole; then a flood, which must leave it alive.
 TRAFFIC = r"""
-echo "ping: $(ping -c 5 -i 0.2 $HOST | grep received)"
 echo "file: $(wget -q -O - http://$HOST:8080/file | sha256sum)"
 dd if=/dev/urandom of=/up bs=64k count=16 2> /dev/null
 nc $HOST 7777 < /up
 echo "up: $(stat -c %s /up) $(sha256sum < /up)"
 echo "flood: $(iperf3 -c $HOST -u -b 0 -l 1000 -R -t 2 | grep receiver)"
-echo "after: $(ping -c 3 -i 0.2 $HOST | grep received)"
+echo "after: $(wget -q -O - http://$HOST:8080/file | sha256sum)"
 """
 TROUBLE = r"""
 grep virtio /proc/interrupts | sed 's/^/interrupts: /'
@@ -115,6 +114,7 @@ def test_linux_talks_over_a_tap(booted: Callable[[], None], irqchip: str, cpus: 
     script += r"""
 echo "features: $(cat /sys/class/net/eth0/device/features)"
 echo "queues: $(ls -d /sys/class/net/eth0/queues/* | wc -l)"
+echo "ping: $(ping -c 5 -i 0.2 $HOST | grep received)"
 echo "large: $(ping -c 3 -s 8000 $HOST | grep received)"
 cd /sys/bus/virtio/drivers/virtio_net
 for n in 1 2 3 4 5; do echo virtio0 > unbind; echo virtio0 > bind; done
@@ -126,9 +126,9 @@ for n in 1 2 3 4 5; do rmmod virtio_net; insmod /modules/virtio_net.ko; done
     assert vmsup.code == 0, vmsup.errors
     booted()
     assert "trouble:" not in vmsup.console
-    for name, count in (("ping:", 5), ("large:", 3), ("after:", 3), ("again:", 3)):
+    for name, count in (("ping:", 5), ("large:", 3), ("again:", 3)):
         assert received(vmsup[name]) == (count, count)
-    assert vmsup["file:"].split()[0] == served
+    assert vmsup["file:"].split()[0] == vmsup["after:"].split()[0] == served
     assert vmsup["up:"].split("  -")[0] == sent
     assert "receiver" in vmsup["flood:"]
     bits = {bit for bit, digit in enumerate(vmsup["features:"]) if digit == "1"}
@@ -148,7 +148,5 @@ def test_an_ordinary_user_s_guest_talks_through_passt(booted: Callable[[], None]
     booted()
     assert "trouble:" not in vmsup.console
     assert vmsup["lease:"] == f"{OUTSIDE} {GATEWAY} 65520"
-    assert received(vmsup["ping:"]) == (5, 5)
-    assert vmsup["file:"].split()[0] == served
+    assert vmsup["file:"].split()[0] == vmsup["after:"].split()[0] == served
     assert vmsup["up:"].split("  -")[0] == sent
-    assert received(vmsup["after:"]) == (3, 3)
