@@ -10,7 +10,7 @@ import ctypes
 import os
 import socket
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWCGROUP: Final = 0x0200_0000
@@ -29,6 +29,34 @@ MS_BIND: Final = 0x1000
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 0x4_0000
 MNT_DETACH: Final = 0x2
+
+MOUNT_ATTR_RDONLY: Final = 0x1
+MOUNT_ATTR_NOSUID: Final = 0x2
+MOUNT_ATTR_NODEV: Final = 0x4
+MOUNT_ATTR_NOEXEC: Final = 0x8
+AT_FDCWD: Final = -100
+AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
+
+RESOLVE_NO_XDEV: Final = 0x01
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+UTIME_NOW: Final = (1 << 30) - 1
+UTIME_OMIT: Final = (1 << 30) - 2
+
+LANDLOCK_ACCESS_FS_WRITE_FILE: Final = 1 << 1
+LANDLOCK_ACCESS_FS_READ_FILE: Final = 1 << 2
+LANDLOCK_ACCESS_FS_READ_DIR: Final = 1 << 3
+LANDLOCK_ACCESS_FS_REMOVE_DIR: Final = 1 << 4
+LANDLOCK_ACCESS_FS_REMOVE_FILE: Final = 1 << 5
+LANDLOCK_ACCESS_FS_MAKE_DIR: Final = 1 << 7
+LANDLOCK_ACCESS_FS_MAKE_REG: Final = 1 << 8
+LANDLOCK_ACCESS_FS_MAKE_SYM: Final = 1 << 12
+LANDLOCK_ACCESS_FS_REFER: Final = 1 << 13
+LANDLOCK_ACCESS_FS_TRUNCATE: Final = 1 << 14
 
 PR_CAPBSET_DROP: Final = 24
 PR_SET_SECUREBITS: Final = 28
@@ -53,16 +81,30 @@ _NR: Final = {
     "prctl": 157,
     "mount": 165,
     "umount2": 166,
+    "getdents64": 217,
     "unshare": 272,
-    "prlimit64": 302,
+    "utimensat": 280,
     "fallocate": 285,
+    "prlimit64": 302,
+    "renameat2": 316,
     "seccomp": 317,
+    "statx": 332,
     "close_range": 436,
+    "openat2": 437,
+    "mount_setattr": 442,
     "landlock_create_ruleset": 444,
+    "landlock_add_rule": 445,
     "landlock_restrict_self": 446,
 }
 _CAPABILITY_VERSION_3: Final = 0x2008_0522
 _BPF_INSN_SIZE: Final = 8
+_LANDLOCK_RULE_PATH_BENEATH: Final = 1
+_OPEN_HOW: Final = struct.Struct("=QQQ")  # flags, mode, resolve
+# struct statx: mask blksize, nlink uid gid mode, ino size blocks, four times (seconds, nanoseconds), dev
+_STATX: Final = struct.Struct("=II8xIIIH2xQQQ8x" + "qI4x" * 4 + "8xII")
+_STATX_SIZE: Final = 256
+_STATX_BASIC_STATS, _STATX_BTIME = 0x7FF, 0x800
+_DIRENT: Final = struct.Struct("=QqHB")  # struct linux_dirent64: d_ino d_off d_reclen d_type
 
 # Every right of Landlock ABI n, n from 1: file system, network, scope.  Handling a right and then adding no
 # rule denies it; an ABI above the last one known here is asked for the last one's.
@@ -129,6 +171,89 @@ def close_range(first: int, last: int) -> None:
     _call("close_range", first, last, 0)
 
 
+def mount_setattr(path: str, attributes: int) -> None:
+    """Add MOUNT_ATTR_* `attributes` to the mount at `path` and to all below it."""
+    _call(
+        "mount_setattr",
+        AT_FDCWD,
+        path.encode(),
+        AT_RECURSIVE,
+        struct.pack("=4Q", attributes, 0, 0, 0),
+        32,
+        path=path,
+    )
+
+
+class Stat(NamedTuple):
+    """What statx(2) says of a file; times in nanoseconds since the epoch, `blocks` of 512 bytes.
+
+    `btime_ns` is 0 where the file system does not know when a file was made.
+    """
+
+    dev: tuple[int, int]
+    ino: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    size: int
+    blksize: int
+    blocks: int
+    atime_ns: int
+    btime_ns: int
+    ctime_ns: int
+    mtime_ns: int
+
+
+def statx(fd: int) -> Stat:
+    """What `fd` is, whether it can be read or is a mere O_PATH."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    _call("statx", fd, b"", AT_EMPTY_PATH, _STATX_BASIC_STATS | _STATX_BTIME, buffer)
+    _, blksize, nlink, uid, gid, mode, ino, size, blocks, *times, major, minor = _STATX.unpack_from(
+        buffer.raw
+    )
+    ns = (s * 10**9 + part for s, part in zip(times[::2], times[1::2], strict=True))
+    return Stat((major, minor), ino, mode, nlink, uid, gid, size, blksize, blocks, *ns)
+
+
+def openat2(dirfd: int, path: bytes, flags: int, mode: int, resolve: int) -> int:
+    """Open `path` from `dirfd` on, as far as RESOLVE_* `resolve` lets it lead; the descriptor."""
+    return _call("openat2", dirfd, path, _OPEN_HOW.pack(flags, mode, resolve), _OPEN_HOW.size)
+
+
+class Dirent(NamedTuple):
+    """An entry of a directory; `next` is where the one after it is, for lseek(2)."""
+
+    ino: int
+    next: int
+    type: int
+    name: bytes
+
+
+def getdents64(fd: int, size: int) -> list[Dirent]:
+    """The next entries of a directory, as many as the kernel puts into `size` bytes; none: its end."""
+    buffer = ctypes.create_string_buffer(size)
+    end = _call("getdents64", fd, buffer, size)
+    data = buffer.raw[:end]
+    found, at = [], 0
+    while at < end:
+        ino, after, length, kind = _DIRENT.unpack_from(data, at)
+        name = data[at + _DIRENT.size : at + length]
+        found.append(Dirent(ino, after, kind, name[: name.index(0)]))
+        at += length
+    return found
+
+
+def renameat2(dirfd: int, name: bytes, to_dirfd: int, to_name: bytes, flags: int) -> None:
+    """Rename, with RENAME_* `flags`."""
+    _call("renameat2", dirfd, name, to_dirfd, to_name, flags)
+
+
+def utimensat(dirfd: int, name: bytes, times: bytes, flags: int) -> None:
+    """Set the two struct timespec of `times`: of access, of modification."""
+    _call("utimensat", dirfd, name, times, flags)
+
+
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
     """Give back, zero or reserve [offset, offset + size) of a file, by the FALLOC_FL_* of `mode`."""
     _call("fallocate", fd, mode, offset, size)
@@ -170,15 +295,22 @@ def landlock_abi() -> int:
     return _call("landlock_create_ruleset", None, 0, 1)
 
 
-def landlock_deny_all() -> int:
+def landlock_restrict(beneath: int | None = None, rights: int = 0) -> int:
     """Forbid every new file, TCP and signal right Landlock knows; returns the ABI used.
+
+    Args:
+        beneath: a directory below which LANDLOCK_ACCESS_FS_* `rights` stay, as far as this ABI knows them.
 
     Raises:
         OSError: as `landlock_abi`.
     """
     abi = min(landlock_abi(), len(_LANDLOCK_RIGHTS))
-    ruleset = _call("landlock_create_ruleset", struct.pack("=QQQ", *_LANDLOCK_RIGHTS[abi - 1]), 24, 0)
+    handled = _LANDLOCK_RIGHTS[abi - 1]
+    ruleset = _call("landlock_create_ruleset", struct.pack("=QQQ", *handled), 24, 0)
     try:
+        if beneath is not None:
+            rule = struct.pack("=Qi", rights & handled[0], beneath)
+            _call("landlock_add_rule", ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0)
         _call("landlock_restrict_self", ruleset, 0)
     finally:
         os.close(ruleset)
