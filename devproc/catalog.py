@@ -29,12 +29,13 @@ class Descriptor:
 
     `kind`: "signal" an eventfd written by the device; "kick" an eventfd read by it; "input" a byte source;
     "output" a byte sink; "memory" the memfd of guest memory; "disk" an image; "tap" a tap interface;
-    "stream" a unix stream socket that carries frames.  `count` makes it an array: the model gets a tuple of
+    "stream" a unix stream socket that carries frames; "directory" an O_PATH descriptor of a directory, which
+    becomes the process's root.  `count` makes it an array: the model gets a tuple of
     ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST instead of FD_<NAME>.
     """
 
     name: str
-    kind: Literal["signal", "kick", "input", "output", "memory", "disk", "tap", "stream"]
+    kind: Literal["signal", "kick", "input", "output", "memory", "disk", "tap", "stream", "directory"]
     meaning: str
     count: int | None = None
 
@@ -94,6 +95,7 @@ class Entry:
     settings: tuple[Param, ...] = ()  # what `Set` may change while it serves
     virtio: Virtio | None = None
     patience_s: int = 0  # how much longer than --device-timeout it may take: its host's storage may
+    opens: int = 0  # descriptors that it may open beyond those it is handed
     data_mib: int = 64  # RLIMIT_DATA
     fsize: int | str = 0  # RLIMIT_FSIZE in bytes, or the parameter that gives it: no file grows beyond
     without: frozenset[str] = frozenset()  # layers of the jail left out: only what tests the others does that
@@ -115,8 +117,13 @@ class Entry:
         """How many descriptors the process holds: numbers 0 to held - 1."""
         return FD_FIRST + sum(len(numbers) for _, numbers in self.own_slots())
 
+    @property
+    def descriptors_max(self) -> int:
+        """RLIMIT_NOFILE: what it is handed, and what it opens."""
+        return self.held + self.opens
+
     def slots(self) -> dict[str, int]:
-        """Policy constant -> descriptor number; of an array the first and the last."""
+        """Policy constant -> descriptor number; of an array, and of what it opens, the first and the last."""
         slots = {"FD_LOG": FD_LOG, "FD_ACCESS": FD_ACCESS, "FD_CONTROL": FD_CONTROL}
         for d, numbers in self.own_slots():
             name = f"FD_{d.name.upper()}"
@@ -124,6 +131,8 @@ class Entry:
                 slots[name] = numbers[0]
             else:
                 slots |= {f"{name}_FIRST": numbers[0], f"{name}_LAST": numbers[-1]}
+        if self.opens:
+            slots |= {"FD_OPENED_FIRST": self.held, "FD_OPENED_LAST": self.descriptors_max - 1}
         return slots
 
     def check_params(self, values: tuple[Scalar, ...]) -> Params:
@@ -153,6 +162,11 @@ class Entry:
             raise ValueError(f"{self.name}: cannot set {name} to {value}, expected {known or 'no setting'}")
 
 
+def shared_directory(entry: Entry) -> int | None:
+    """The number of the descriptor that becomes the process's root, if it has one."""
+    return next((numbers[0] for d, numbers in entry.own_slots() if d.kind == "directory"), None)
+
+
 _IRQ = Descriptor("irq", "signal", "its interrupt: an eventfd that KVM turns into an edge")
 MEMORY_PARAMS: Final = (
     Param("mem_below_4g", 0, 1 << 32, "bytes of RAM below 4 GiB"),
@@ -169,6 +183,7 @@ NET_STREAM: Final = Virtio(spec.ID_NET, 0x020000, (256, 256, 64))
 CONSOLE_PORTS: Final = 4
 CONSOLE: Final = Virtio(spec.ID_CONSOLE, 0x078000, (64,) * (2 * CONSOLE_PORTS + 2))
 BALLOON: Final = Virtio(spec.ID_BALLOON, 0x00FF00, (64,) * 5)
+FS: Final = Virtio(spec.ID_FS, 0x018000, (64, 512))
 BLOCK: Final = Virtio(spec.ID_BLOCK, 0x018000, (256,) * 4)
 
 
@@ -333,6 +348,17 @@ CATALOG: Final[dict[str, Entry]] = {
             sources=("clock",),
             patience_s=60,
             fsize="fsize",
+        ),
+        virtio_entry(
+            "virtio-fs", "a directory of the host", "VirtioFs", FS,
+            descriptors=(Descriptor("directory", "directory", "what is shared, and the process's root"),),
+            params=(
+                Param("tag", 1, 36, "what the guest mounts it by, UTF-8", bytes),
+                Param("read_only", 0, 1, "nothing below it can be changed"),
+            ),
+            opens=2048,
+            data_mib=256,
+            fsize=1 << 62,
         ),
     )
 }  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn, Protocol
 
 from devproc import jail, regs, state
 from devproc.backends import memory
+from devproc.backends.directory import Directory
 from devproc.backends.disk import Disk
 from devproc.backends.entropy import entropy
 from devproc.backends.input import Input
@@ -71,6 +72,7 @@ _BACKENDS: Final[dict[str, Callable[[int], Any]]] = {
     "input": Input,
     "output": Output,
     "disk": Disk,
+    "directory": Directory,
     "tap": Tap,
     "stream": Stream,
 }
@@ -127,6 +129,7 @@ def main(
     try:
         # A posted write then does not take the CPU from the vCPU that sent it.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        os.umask(0)  # a file that is made for the guest has the mode that the guest says
         jail.title(name)
         steps = iter(jail.plan(ctx.mode, "device", ctx.entry.without))
         jail.enter([next(steps)], ctx)  # "descriptors"

@@ -22,7 +22,7 @@ from typing import Final, Literal
 import prctl
 
 from devproc import syscalls
-from devproc.catalog import FD_FIRST, FD_LOG, Entry, Params
+from devproc.catalog import FD_FIRST, FD_LOG, Entry, Params, shared_directory
 from devproc.channel import Channel
 from devproc.wire import Listener
 from policies.compile import SETUP_MARK
@@ -42,14 +42,25 @@ _NAMESPACES: Final = (
 )
 # capabilities(7): NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE, each with its lock, and KEEP_CAPS' lock.
 _SECUREBITS: Final = 0x03 | 0x0C | 0x20 | 0xC0
-_NEW_ROOT: Final = "/proc"  # where the empty root is mounted: any directory every host has
+_NEW_ROOT: Final = "/proc"  # where the new root is mounted: any directory every host has
+_READ_BENEATH: Final = syscalls.LANDLOCK_ACCESS_FS_READ_FILE | syscalls.LANDLOCK_ACCESS_FS_READ_DIR
+_WRITE_BENEATH: Final = (
+    syscalls.LANDLOCK_ACCESS_FS_WRITE_FILE
+    | syscalls.LANDLOCK_ACCESS_FS_REMOVE_DIR
+    | syscalls.LANDLOCK_ACCESS_FS_REMOVE_FILE
+    | syscalls.LANDLOCK_ACCESS_FS_MAKE_DIR
+    | syscalls.LANDLOCK_ACCESS_FS_MAKE_REG
+    | syscalls.LANDLOCK_ACCESS_FS_MAKE_SYM
+    | syscalls.LANDLOCK_ACCESS_FS_REFER
+    | syscalls.LANDLOCK_ACCESS_FS_TRUNCATE
+)
 _FD_SCRATCH: Final = 512  # above every slot, below the usual soft limit of 1024
 # Until its listener is sent: as many as all processes of its user may have under way in messages (unix(7),
 # ETOOMANYREFS), such as the listeners of the user's other devices.
 _FD_LAUNCH: Final = 256
 _FD_MAX: Final = 0xFFFF_FFFF
 
-CAP_DAC_OVERRIDE, CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 1, 6, 7, 21
+CAP_DAC_OVERRIDE, CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN, CAP_SETFCAP = 1, 6, 7, 21, 31
 _NO_MDWE: Final = "PR_SET_MDWE came with Linux 6.3"
 # Switches of Debian's and of Ubuntu's kernels, and where they keep ordinary users from user namespaces.
 _ADMIN_ONLY: Final = (
@@ -180,13 +191,39 @@ def _root(ctx: Context) -> None:
     if not ctx.namespaced:  # it would be the host's mounts that we detach
         raise JailError("root", "there is no mount namespace of its own")
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+    shared = shared_directory(ctx.entry)
+    if shared is not None:
+        _share(shared, read_only=bool(ctx.params["read_only"]))
+        return
     flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
     syscalls.mount("none", _NEW_ROOT, "tmpfs", flags, "size=4k,nr_inodes=1,mode=0555")
+    _pivot()
+    syscalls.mount("none", "/", None, flags | syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY)
+
+
+def _pivot() -> None:
     os.chdir(_NEW_ROOT)
     syscalls.pivot_root(".", ".")  # stacks the old root on the new one, and this takes it off again
     syscalls.umount(".", syscalls.MNT_DETACH)
     os.chdir("/")
-    syscalls.mount("none", "/", None, flags | syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY)
+
+
+def _share(fd: int, *, read_only: bool) -> None:
+    """Make the directory `fd` the root; `fd` is then that root, and leads to no mount of the host's."""
+    # A descriptor from another mount namespace cannot be bound, what its path leads to in this one can.
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    ours = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not os.path.samestat(os.fstat(ours), os.fstat(fd)):
+        raise JailError("root", f"{path} is not the directory any more that was to be shared")
+    # With the mounts below it: an unprivileged namespace may not take what they hide out of hiding.
+    syscalls.mount(f"/proc/self/fd/{ours}", _NEW_ROOT, None, syscalls.MS_BIND | syscalls.MS_REC)
+    os.close(ours)
+    _pivot()
+    attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+    syscalls.mount_setattr("/", attributes | (syscalls.MOUNT_ATTR_RDONLY if read_only else 0))
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.dup2(root, fd, inheritable=False)
+    os.close(root)
 
 
 def _limits(ctx: Context) -> None:
@@ -198,7 +235,8 @@ def _limits(ctx: Context) -> None:
         (resource.RLIMIT_FSIZE, fsize),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_NOFILE, _FD_LAUNCH),  # "seccomp" takes back all that are not held
+        # "seccomp" takes back all that are not its own.
+        (resource.RLIMIT_NOFILE, max(_FD_LAUNCH, ctx.entry.descriptors_max)),
     ):
         resource.setrlimit(limit, (value, value))
 
@@ -249,7 +287,9 @@ def _memory(ctx: Context) -> None:
 
 def _landlock(ctx: Context) -> None:
     try:
-        syscalls.landlock_deny_all()
+        shared = shared_directory(ctx.entry)
+        rights = _READ_BENEATH if ctx.params.get("read_only") else _READ_BENEATH | _WRITE_BENEATH
+        syscalls.landlock_restrict(shared, rights)
     except OSError as e:
         if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
             raise
@@ -264,8 +304,20 @@ def _seccomp(ctx: Context) -> None:
     frame = ctx.control.frame(Listener())
     syscalls.send_descriptor(ctx.control.fileno(), frame, listener, SETUP_MARK)
     syscalls.close(listener, SETUP_MARK)
-    syscalls.limit(resource.RLIMIT_NOFILE, ctx.entry.held, SETUP_MARK)
+    syscalls.limit(resource.RLIMIT_NOFILE, ctx.entry.descriptors_max, SETUP_MARK)
     syscalls.seccomp_load(second, mark=SETUP_MARK)
+
+
+def _root_of(entry: Entry) -> str:
+    if shared_directory(entry) is None:
+        return "an empty, read-only tmpfs; nothing else mounted"
+    return "the shared directory, nosuid, nodev, noexec, read-only if asked for; nothing above it"
+
+
+def _landlock_of(entry: Entry) -> str:
+    if shared_directory(entry) is None:
+        return "every file, TCP and signal right denied"
+    return "every TCP and signal right denied; of files, all but what sharing needs, below the root"
 
 
 def _numbers(fds: range) -> str:
@@ -287,11 +339,11 @@ STEPS: Final = (
         _descriptors,
         always=True,
     ),
-    Step("root", "device", lambda e: "an empty, read-only tmpfs; nothing else mounted", _root),
+    Step("root", "device", _root_of, _root),
     Step(
         "limits", "device",
         lambda e: f"data {e.data_mib} MiB, file size {e.fsize}, no core, no locked memory, no children, "
-        f"{e.held} descriptors",
+        f"{e.descriptors_max} descriptors",
         _limits,
     ),
     Step(
@@ -305,7 +357,7 @@ STEPS: Final = (
         "parent", "device", lambda e: "SIGKILL when the supervisor dies", _parent, always=True,
     ),
     Step("memory", "device", lambda e: "no memory ever becomes executable (MDWE)", _memory),
-    Step("landlock", "device", lambda e: "every file, TCP and signal right denied", _landlock),
+    Step("landlock", "device", _landlock_of, _landlock),
     Step(
         "seccomp", "device",
         lambda e: f"policies/{e.name}.policy; anything else is reported to the supervisor, which kills",
@@ -341,18 +393,19 @@ def drop_privileges(keep: int = 0) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def confine_zygote() -> None:
+def confine_zygote(shares: bool) -> None:
     """The zygote's last step before it serves: no capability but `zygote_capabilities`, no way to gain one.
 
     It stays dumpable, or an ordinary user's could not write the id maps of what it forks.  Raises OSError.
     """
-    _renounce(zygote_capabilities())
+    _renounce(zygote_capabilities(shares))
 
 
-def zygote_capabilities() -> int:
-    """The mask of what root's zygote keeps: the right to map other ids than its own, and CAP_SYS_ADMIN only
-    where this host lets nobody else make a user namespace."""
-    keep = 1 << CAP_SETUID | 1 << CAP_SETGID
+def zygote_capabilities(shares: bool) -> int:
+    """The mask of what root's zygote keeps: the right to map other ids than its own, CAP_SYS_ADMIN only where
+    this host lets nobody else make a user namespace, and where a directory is shared, which may be root's,
+    CAP_SETFCAP: without it uid 0 cannot be mapped (user_namespaces(7))."""
+    keep = 1 << CAP_SETUID | 1 << CAP_SETGID | (1 << CAP_SETFCAP if shares else 0)
     return keep | 1 << CAP_SYS_ADMIN if any(_reads(path, value) for path, value in _ADMIN_ONLY) else keep
 
 

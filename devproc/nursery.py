@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
 from devproc import child, jail, syscalls
-from devproc.catalog import CATALOG, FD_LOG, Entry, Params
+from devproc.catalog import CATALOG, FD_LOG, Entry, Params, shared_directory
 from devproc.channel import FDS_MAX, Channel, ChannelClosed
 from devproc.wire import SPAWN_TABLE, Failed, Sender, Spawn, Spawned
 from devproc.zygote import Filters, SpawnError
@@ -98,7 +98,7 @@ def main(
     # page written to is one a device process no longer shares (a third of the memory per device without it).
     gc.freeze()
     if mode is jail.Mode.FULL:
-        jail.confine_zygote()
+        jail.confine_zygote(any(shared_directory(CATALOG[kind]) is not None for kind in kinds))
     sock = socket.socket(fileno=_SOCKET)
     _serve(
         Channel(sock, SPAWN_TABLE, "idle", Sender.ZYGOTE, Sender.SUPERVISOR), filters, cache, program, mode
@@ -173,7 +173,7 @@ def _spawn(
     with ours:
         ours.settimeout(_LAUNCH_S)
         try:
-            pid = _watch_launcher(ours, launcher, request.host_id)
+            pid = _watch_launcher(ours, launcher, _ids(entry, request.host_id, fds))
         except TimeoutError:
             os.kill(launcher, signal.SIGKILL)
             raise SpawnError(f"the launcher said nothing for {_LAUNCH_S:g} s") from None
@@ -185,13 +185,22 @@ def _spawn(
     return pid
 
 
-def _watch_launcher(link: socket.socket, launcher: int, host_id: int) -> int:
+def _ids(entry: Entry, host_id: int, fds: Sequence[int]) -> tuple[int, int]:
+    """The uid and gid on the host to run as: what root shares is worked on with the rights of its owner."""
+    shared = shared_directory(entry)
+    if shared is not None and os.geteuid() == 0:
+        owner = os.fstat(fds[shared - FD_LOG])
+        return owner.st_uid, owner.st_gid
+    return (host_id, host_id) if host_id else (os.geteuid(), os.getegid())
+
+
+def _watch_launcher(link: socket.socket, launcher: int, ids: tuple[int, int]) -> int:
     """The device's pid, once the launcher has it."""
     while True:
         answer = link.recv(1100)
         if answer == _MAP:
             try:
-                _map_ids(launcher, host_id)
+                _map_ids(launcher, *ids)
             except OSError as e:
                 link.send(struct.pack("=i", e.errno or 0))
             else:
@@ -203,8 +212,7 @@ def _watch_launcher(link: socket.socket, launcher: int, host_id: int) -> int:
             raise SpawnError(why or "the launcher died")
 
 
-def _map_ids(pid: int, host_id: int) -> None:
-    uid, gid = (host_id, host_id) if host_id else (os.geteuid(), os.getegid())
+def _map_ids(pid: int, uid: int, gid: int) -> None:
     for name, text in (
         ("setgroups", "deny"),  # or a group that is there to take rights away could be dropped
         ("uid_map", f"{jail.INSIDE_ID} {uid} 1"),

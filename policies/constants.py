@@ -65,7 +65,7 @@ CONSTANTS: Final = MappingProxyType(
         "O_DIRECT": 0x4000, "O_LARGEFILE": 0x8000, "O_DIRECTORY": 0x10000, "O_NOFOLLOW": 0x20000,
         "O_NOATIME": 0x40000, "O_CLOEXEC": 0x80000, "O_SYNC": 0x101000, "O_PATH": 0x200000,
         "O_TMPFILE": 0x410000, "AT_FDCWD": 0xffffffffffffff9c, "AT_EMPTY_PATH": 0x1000,
-        "AT_SYMLINK_NOFOLLOW": 0x100,
+        "AT_SYMLINK_NOFOLLOW": 0x100, "AT_REMOVEDIR": 0x200,
         # lseek(2), fallocate(2), preadv2(2): linux/fs.h, linux/falloc.h
         "SEEK_SET": 0x0, "SEEK_CUR": 0x1, "SEEK_END": 0x2, "SEEK_DATA": 0x3, "SEEK_HOLE": 0x4,
         "FALLOC_FL_KEEP_SIZE": 0x1, "FALLOC_FL_PUNCH_HOLE": 0x2, "FALLOC_FL_COLLAPSE_RANGE": 0x8,

@@ -84,6 +84,12 @@ def _arguments() -> argparse.ArgumentParser:
         help="a network card on tap-name=, tap-fd= or passt: mac=,mtu=,queues=,bps=,pps=,"
         "tcp-ports=,udp-ports=",
     )
+    add(
+        "--shared-dir",
+        action="append",
+        metavar="PATH,tag=TAG[,ro]",
+        help="a directory for the guest: mount -t virtiofs TAG /mnt",
+    )
     add("--rng", action=argparse.BooleanOptionalAction, default=None, help="a source of random numbers [on]")
     add(
         "--balloon",

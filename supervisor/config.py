@@ -24,6 +24,7 @@ BLOCK_QUEUES_MAX = 4
 BLOCK_ID_MAX = 20  # bytes
 RATE_MAX = 1 << 40  # of bytes or operations, per second
 NET_QUEUES_MAX = 4
+TAG_MAX = 36  # bytes; virtio 1.2, 5.11.4
 MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.2, 5.1.4.1
 LOG_FORMATS = ("text", "json")
 DEVICE_TIMEOUT_S = 2.0
@@ -65,6 +66,11 @@ NET_KEYS = (
     Key("pps", int, 1, RATE_MAX),
     Key("tcp-ports"),
     Key("udp-ports"),
+)
+SHARED_DIR_KEYS = (
+    Key("path"),
+    Key("tag"),
+    Key("ro", bool),
 )
 
 
@@ -203,6 +209,30 @@ class NetConfig:
 
 
 @dataclass(frozen=True)
+class SharedDirConfig:
+    """A directory that the guest may mount by its tag."""
+
+    path: str
+    tag: str
+    ro: bool = False
+
+    @classmethod
+    def from_values(cls, where: str, values: Mapping[str, Any]) -> SharedDirConfig:
+        """A directory from checked keys.
+
+        Raises:
+            ConfigError: no path, no tag, or a tag that does not fit.
+        """
+        for key, what in (("path", "a directory"), ("tag", "the name to mount it by")):
+            if key not in values:
+                raise ConfigError(f"{where}: {key} is missing, expected {what}")
+        shared = cls(**values)
+        if len(shared.tag.encode()) > TAG_MAX:
+            raise ConfigError(f"{where}: tag: expected up to {TAG_MAX} bytes, not {shared.tag!r}")
+        return shared
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything `vmsup run` needs; memory in MiB, times in seconds, affinity as vCPU -> host CPUs."""
 
@@ -215,6 +245,7 @@ class RunConfig:
     serial: tuple[SerialConfig, ...] = ()
     block: tuple[BlockConfig, ...] = ()
     net: tuple[NetConfig, ...] = ()
+    shared_dir: tuple[SharedDirConfig, ...] = ()
     irqchip: str = "kernel"
     pcie_ecam: bool = True
     rng: bool = True
@@ -252,6 +283,10 @@ class RunConfig:
             raise ConfigError("--serial: console given twice, the kernel has one")
         if sum(d.root for d in self.block) > 1:
             raise ConfigError("--block: root given twice, the kernel has one")
+        tags = [d.tag for d in self.shared_dir]
+        for tag in tags:
+            if tags.count(tag) > 1:
+                raise ConfigError(f"--shared-dir: tag={tag} given twice")
 
     def serial_ports(self) -> tuple[SerialConfig, ...]:
         """All four ports: COM1 on stdio unless told otherwise, the rest sinks."""
@@ -336,10 +371,12 @@ _SCALARS = (
     Key("jail-report"),
 )
 # Lists of tables, each on the command line an option that may be given several times.
-_TABLES: Mapping[str, tuple[tuple[Key, ...], type[SerialConfig] | type[BlockConfig] | type[NetConfig]]] = {
+_Listed = type[SerialConfig] | type[BlockConfig] | type[NetConfig] | type[SharedDirConfig]
+_TABLES: Mapping[str, tuple[tuple[Key, ...], _Listed]] = {
     "serial": (SERIAL_KEYS, SerialConfig),
     "block": (BLOCK_KEYS, BlockConfig),
     "net": (NET_KEYS, NetConfig),
+    "shared-dir": (SHARED_DIR_KEYS, SharedDirConfig),
 }
 _LISTS = ("params", *_TABLES)
 _FLOATS = ("device-timeout",)
@@ -395,9 +432,12 @@ def build(options: Mapping[str, Any]) -> RunConfig:
     settings = read_file(options["config"]) if options.get("config") else {}
     for name, (keys, kind) in _TABLES.items():
         at = f"--{name}"
-        given[name] = tuple(kind.from_values(at, parse(at, keys, text)) for text in given.get(name, ()))
+        field_name = name.replace("-", "_")
+        texts = given.get(field_name, ())
+        given[field_name] = tuple(kind.from_values(at, parse(at, keys, text)) for text in texts)
     for name in _LISTS:
-        given[name] = (*settings.get(name, ()), *given.get(name, ()))
+        field_name = name.replace("-", "_")
+        given[field_name] = (*settings.get(field_name, ()), *given.get(field_name, ()))
     settings |= given
     if "kernel" not in settings:
         raise ConfigError("KERNEL is missing: expected the path of a bzImage or vmlinux")

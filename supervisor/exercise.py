@@ -12,6 +12,7 @@ import os
 import random
 import select
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
@@ -217,18 +218,20 @@ def _process(
         signals = {name: os.eventfd(0, os.EFD_NONBLOCK) for name in ("panic", "poweroff", "reset")}
         theirs, typed = os.pipe2(os.O_NONBLOCK)
         shown, output = os.pipe2(os.O_NONBLOCK)
+        shared = os.open(undo.enter_context(tempfile.TemporaryDirectory()), os.O_PATH | os.O_DIRECTORY)
         disk = os.memfd_create("disk")
         os.truncate(disk, _DISK_SIZE)
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         undo.callback(near.close)
         undo.callback(far.close)
-        for fd in (*signals.values(), theirs, typed, shown, output, disk):
+        for fd in (*signals.values(), theirs, typed, shown, output, disk, shared):
             undo.callback(os.close, fd)
         memory = GuestMemory.create(layout.ram_regions(_MEM_BELOW_4G))
         undo.callback(memory.close)
         # by the kind of a descriptor that an opener opens
         stand_ins = {
-            "input": theirs, "output": output, "disk": disk, "tap": near.fileno(), "stream": near.fileno()
+            "input": theirs, "output": output, "disk": disk, "tap": near.fileno(), "stream": near.fileno(),
+            "directory": shared,
         }  # fmt: skip
         own = [(d, len(numbers)) for d, numbers in instance.entry.own_slots() if d.kind in stand_ins]
         fds = {d.name: (stand_ins[d.kind],) * count for d, count in own}

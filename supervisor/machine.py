@@ -20,6 +20,7 @@ from supervisor.console import open_serial, open_virtio_consoles
 from supervisor.disks import open_disk
 from supervisor.host import Opener
 from supervisor.nets import open_net
+from supervisor.shares import open_share
 
 SERIAL_BASES: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 SERIAL_GSIS: Final = (4, 3, 4, 3)
@@ -99,6 +100,9 @@ def virtio_functions(config: RunConfig) -> Iterator[Function]:
         yield Function("console", "virtio-console", (names,), partial(open_virtio_consoles, consoles))
     if config.balloon:
         yield Function("balloon", "virtio-balloon")
+    for n, shared in enumerate(config.shared_dir, 1):
+        use_fs = shared.tag.encode(), int(shared.ro)
+        yield Function(f"fs{n}", "virtio-fs", use_fs, partial(open_share, shared))
 
 
 _PCI_GSIS: Final = (5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from devproc.backends.directory import Directory
 from devproc.backends.disk import Disk
 from devproc.catalog import CATALOG, MEMORY_PARAMS, Descriptor, Entry
 from devproc.driver import PciDriver
@@ -28,6 +30,7 @@ PARAMS = {
     "pps": 0,
     "iops": 0,
     "read_only": 0,
+    "tag": b"shared",
     "sparse": 1,
     "block_size": 512,
     "queues": 1,
@@ -115,6 +118,11 @@ class Bench:
         self.nothing = os.memfd_create("nothing")
         for fd in self.image, self.nothing:
             weakref.finalize(self, os.close, fd)
+        if any(d.kind == "directory" for d in entry.descriptors):
+            self.tree = tempfile.TemporaryDirectory()  # pytest's own would be one for all benches of a test
+            fd = os.open(self.tree.name, os.O_PATH | os.O_DIRECTORY)
+            weakref.finalize(self, os.close, fd)
+            self.directory = Directory(fd)
         own = entry.params if not entry.guest_memory else entry.params[len(MEMORY_PARAMS) :]
         self.ports: dict[str, Any] = {d.name: self.port(d) for d in entry.descriptors}
         values = {p.name: params.get(p.name, PARAMS.get(p.name)) for p in own if p.name != entry.fsize}
@@ -142,6 +150,8 @@ class Bench:
                 return Disk(self.image if name == "disk" else self.nothing)
             case "input" | "output":
                 return getattr(self, kind)
+            case "directory":
+                return self.directory
             case "tap" | "stream":
                 return Cable(offloads=kind == "tap")
             case _:
