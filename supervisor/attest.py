@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from devproc import jail
-from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG, Entry
+from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG, Entry, shared_directory
 from kvmcore.errors import ConfigError
 from policies.compile import compile_notify
 from policies.parse import load
@@ -28,12 +28,14 @@ from supervisor.procstatus import NAMESPACES
 UNSEEN: Final = ("securebits", "the parent-death signal", "MDWE", "Landlock")
 
 _OWN: Final = "its own"
+_OWNER: Final = "the shared directory's owner's"
+_CONFINED: Final = "all nosuid, nodev, noexec"
 _NONE: Final = "none"
 _CAPABILITIES: Final = ("Inh", "Prm", "Eff", "Bnd", "Amb")
 _LIMITED: Final = "limited"  # by a parameter, so each instance to its own
 _LIMITS: Final = ("core file size", "data size", "file size", "locked memory", "processes", "open files")
 # Kinds of descriptors and what the kernel shows them as; all others are whatever the user named.
-_SHOWN: Final = {"signal": "eventfd", "kick": "eventfd", "memory": "memory"}
+_SHOWN: Final = {"signal": "eventfd", "kick": "eventfd", "memory": "memory", "directory": "directory"}
 _MOUNT_FLAGS: Final = ("ro", "nosuid", "nodev", "noexec")
 
 Verdict = Literal["as declared", "differs", "hidden"]
@@ -174,7 +176,8 @@ def attest(
     compare(head, _supervisor(head))
     if zygote is not None:
         nursery = _Process("zygote", zygote)
-        compare(nursery, _zygote(nursery))
+        shares = any(shared_directory(entry) is not None for _, _, entry in devices)
+        compare(nursery, _zygote(nursery, shares))
     if janitor is not None:
         cleaner = _Process("janitor", janitor)
         compare(cleaner, _janitor(cleaner))
@@ -239,9 +242,9 @@ def _renounced(process: _Process, keep: int) -> list[Row]:
     ]
 
 
-def _zygote(process: _Process) -> list[Row]:
+def _zygote(process: _Process, shares: bool) -> list[Row]:
     return [
-        *_renounced(process, jail.zygote_capabilities()),
+        *_renounced(process, jail.zygote_capabilities(shares)),
         ("descriptors", "descriptors", "0, 1, 2, 3", lambda: ", ".join(sorted(process.list("fd"), key=int))),
         ("memory", "guest memory", _NONE, _guest_memory(process)),
         ("memory", "writable and executable memory", _NONE, _executable(process)),
@@ -252,9 +255,10 @@ def _zygote(process: _Process) -> list[Row]:
 def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_Process]) -> list[Row]:
     status = process.status
     by_root = _is_root(head)
+    shares = shared_directory(entry) is not None
     page = load(entry.name, entry.slots())
     fsize = _LIMITED if isinstance(entry.fsize, str) else entry.fsize
-    limits = [str(v) for v in (0, entry.data_mib << 20, fsize, 0, 0, entry.held)]
+    limits = [str(v) for v in (0, entry.data_mib << 20, fsize, 0, 0, entry.descriptors_max)]
 
     def namespaces() -> str:
         theirs = _of_all(others, lambda p: " ".join(p.link(f"ns/{n}") for n in NAMESPACES))
@@ -262,8 +266,12 @@ def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_P
         return " ".join(n for n in NAMESPACES if process.link(f"ns/{n}") not in shared)
 
     def identity(key: str) -> str:
-        """As root each device has a user of its own, otherwise all are the supervisor's."""
+        """As root each device has a user of its own, or of what it shares; otherwise the supervisor's."""
         mine = status(key)
+        if by_root and shares:
+            owner = os.stat(f"/proc/{process.pid}/root/")
+            own = owner.st_uid if key == "Uid" else owner.st_gid
+            return _OWNER if set(mine.split()) == {str(own)} else mine
         one = len(set(mine.split())) == 1
         return _OWN if by_root and one and mine not in _of_all(others, lambda p: p.status(key)) else mine
 
@@ -273,8 +281,20 @@ def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_P
     def inner_id(key: str) -> str:
         return f"{jail.INSIDE_ID} {status(key).split()[0]} 1"
 
+    def root() -> str:
+        if not shares:
+            return ", ".join(process.list("root/")) or "empty"
+        return (
+            "a directory"
+            if os.path.samefile(f"/proc/{process.pid}/root", f"/proc/{process.pid}/cwd")
+            else "?"
+        )
+
     def mounts() -> str:
         found = [line.split() for line in process.text("mountinfo").splitlines()]
+        if shares:  # it may be shared read-only, and there may be others below it
+            lacking = [m[4] for m in found if not {"nosuid", "nodev", "noexec"} <= set(m[5].split(","))]
+            return f"without all flags: {', '.join(lacking)}" if lacking else _CONFINED
         return "; ".join(f"{m[4]} {','.join(f for f in m[5].split(',') if f in _MOUNT_FLAGS)}" for m in found)
 
     def policy() -> str:
@@ -287,7 +307,7 @@ def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_P
         return _NONE if by_root else groups(head)  # an ordinary user cannot drop any
 
     def declared_identity(key: str) -> str:
-        return _OWN if by_root else head.status(key)
+        return (_OWNER if shares else _OWN) if by_root else head.status(key)
 
     return [
         ("namespaces", "namespaces of its own", " ".join(NAMESPACES), namespaces),
@@ -299,8 +319,8 @@ def _device(process: _Process, entry: Entry, head: _Process, others: Sequence[_P
         ("identity", "gids", _seen(lambda: declared_identity("Gid")) or "", lambda: identity("Gid")),
         ("identity", "groups", _seen(declared_groups) or "", lambda: groups(process)),
         ("descriptors", "descriptors", _declared(entry), lambda: _held(process, entry)),
-        ("root", "root directory", "empty", lambda: ", ".join(process.list("root/")) or "empty"),
-        ("root", "mounts", f"/ {','.join(_MOUNT_FLAGS)}", mounts),
+        ("root", "root directory", "a directory" if shares else "empty", root),
+        ("root", "mounts", _CONFINED if shares else f"/ {','.join(_MOUNT_FLAGS)}", mounts),
         *(
             ("limits", f"limit on {name}", value, lambda n=name, v=value: process.limit(n, v))
             for name, value in zip(_LIMITS, limits, strict=True)
@@ -368,7 +388,10 @@ def _declared(entry: Entry) -> str:
 
 def _held(process: _Process, entry: Entry) -> str:
     streams = {fd for d, numbers in entry.own_slots() if d.kind not in _SHOWN for fd in numbers}
-    held = {int(fd): _kind(process, fd) for fd in process.list("fd")}
+    # What it has opened since is a matter of its policy and its limit.
+    held = {
+        int(fd): _kind(process, fd) for fd in process.list("fd") if not entry.opens or int(fd) < entry.held
+    }
     for fd in streams & held.keys():
         if held[fd] in ("pipe", "socket", "null", "terminal", "file"):  # whatever the user gave the console
             held[fd] = "stream"
@@ -384,6 +407,8 @@ def _kind(process: _Process, fd: str) -> str:
     if not target.startswith("/"):
         return target.removeprefix("anon_inode:").strip("[]").partition(":")[0]
     mode = os.stat(f"/proc/{process.pid}/fd/{fd}").st_mode
+    if stat.S_ISDIR(mode):
+        return "directory"
     if stat.S_ISCHR(mode) and target.startswith(("/dev/pts/", "/dev/tty", "/dev/console")):
         return "terminal"
     return "file" if stat.S_ISREG(mode) and not target.startswith("/memfd:") else target

@@ -101,7 +101,7 @@ class StandIn:
     ) -> dict[str, Any]:
         """Start `device` and wait for it; `withhold` descriptors or `ask_for` another to get it wrong.
 
-        `images` are paths for its descriptors of kind "disk", by their names.
+        `images` are paths for its descriptors of kinds "disk" and "directory", by their names.
         """
         started = time.perf_counter_ns()
         entry = CATALOG[device]
@@ -154,6 +154,9 @@ class StandIn:
                 return theirs, ours
             case "memory":
                 return os.dup(self.guest.fd), os.dup(self.guest.fd)
+            case "directory":
+                flags = os.O_PATH | os.O_DIRECTORY
+                return os.open(path or "/", flags), os.open(path or "/", flags)
             case "disk" if path is not None:
                 return os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)
             case "disk":
