@@ -34,8 +34,10 @@ DEVICES = (
     "rng",
     "console",
     "balloon",
+    "fs1",
 )
-ALL = ("--irqchip", "split", "--serial", "sink,hardware=virtio-console", "--balloon")
+SHARE = ("--shared-dir", "/usr/share,tag=share,ro")
+ALL = ("--irqchip", "split", "--serial", "sink,hardware=virtio-console", "--balloon", *SHARE)
 
 
 @pytest.mark.parametrize("guest", ["ports", "hole"])

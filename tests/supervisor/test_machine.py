@@ -5,7 +5,7 @@ import pytest
 from devproc.catalog import CATALOG
 from kvmcore import layout
 from supervisor import machine
-from supervisor.config import BlockConfig, NetConfig, RunConfig, SerialConfig
+from supervisor.config import BlockConfig, NetConfig, RunConfig, SerialConfig, SharedDirConfig
 
 GIB = 1 << 30
 
@@ -53,6 +53,7 @@ def test_every_kind_of_device_is_in_some_machine():
         serial=(SerialConfig(1, hardware="virtio-console"),),
         block=(BlockConfig("disk"),),
         net=(NetConfig(tap_name="tap"), NetConfig(passt=True)),
+        shared_dir=(SharedDirConfig("directory", "tag"),),
         balloon=True,
     )
     kinds = {i.entry.name for i in machine.instances(everything, GIB, 0)}
