@@ -215,6 +215,8 @@ def _stand_in(kind: str, memory: int) -> int:
     """A descriptor for a port that an executor does not use, or for guest memory of so many bytes."""
     if kind == "kick":
         return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    if kind == "directory":
+        return os.open(os.path.dirname(__file__), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     fd = os.memfd_create(kind, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     if kind == "memory":
         os.ftruncate(fd, memory)

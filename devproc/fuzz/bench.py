@@ -128,6 +128,8 @@ class Bench:
             case "tap" | "stream":
                 self._links.append(host.Link())
                 return self._links[-1]
+            case "directory":
+                return host.Directory()
             case _:
                 return host.Disk(0 if d.name == "backing" else host.DISK_SIZE)
 
@@ -389,7 +391,16 @@ def memory_of(entry: Entry, params: Params) -> GuestMemory | None:
     return GuestMemory.create([(0, below)])
 
 
-_FIXED: Final = (regs._Bank, GuestMemory, Bench, host.Kick, host.Input, host.Output, host.Link)
+_FIXED: Final = (
+    regs._Bank,
+    GuestMemory,
+    Bench,
+    host.Kick,
+    host.Input,
+    host.Output,
+    host.Link,
+    host.Directory,
+)
 
 
 class _Snapshot:

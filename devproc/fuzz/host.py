@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import stat
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from devproc.backends.directory import ROOT_ID, Node
 from devproc.fuzz.inputs import ROOM_MAX
 
 DISK_SIZE: Final = 1 << 16
@@ -142,3 +144,33 @@ class Link:
 
     def offload(self, *, checksum: bool, tso4: bool, tso6: bool, ecn: bool) -> None:
         pass
+
+
+class Directory:
+    """In place of `backends.directory.Directory`: empty, and whatever is asked of it fails."""
+
+    uid = gid = 0
+    counts = (1, 0)
+
+    def __init__(self) -> None:
+        self._root = Node(ROOT_ID, ((0, 0), ROOT_ID, stat.S_IFDIR, 0), None, b"")
+
+    def forget_all(self) -> None:
+        pass
+
+    def forget(self, id: int, lookups: int) -> None:
+        pass
+
+    def close(self, handle: int) -> None:
+        pass
+
+    def node(self, id: int) -> Node:
+        if id != ROOT_ID:
+            raise OSError(errno.ESTALE, "no such node")
+        return self._root
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise OSError(errno.ENOENT, "it is empty")
+
+        return fail

@@ -52,7 +52,8 @@ cd /sys/bus/virtio/drivers/virtiofs
 for n in 1 2 3; do for d in *; do [ -L $d ] && echo $d > unbind; done
     for d in /sys/bus/virtio/devices/*; do echo ${d##*/} > bind 2>/dev/null; done; done
 mount -t virtiofs look /ro && echo "bound: $(tree /ro)"
-dmesg | grep -E 'BUG|Oops|WARNING:|nobody cared|soft lockup|(virtio|fuse).*(fail|error)' | sed 's/^/trouble: /'
+dmesg | grep -E 'BUG|Oops|WARNING:|nobody cared|soft lockup|(virtio|fuse).*(fail|error)' |
+    sed 's/^/trouble: /'
 """
 
 
