@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -205,16 +206,19 @@ def _attack(victim: str, columns: Sequence[Column], tell: Callable[[str], None])
     sizes = {"mem_below_4g": memory.size}
     harmless = [sizes.get(p.name, p.low) if p.type is int else bytes(p.low) for p in CATALOG[victim].params]
     params = (*harmless, os.getpid(), memory.host_address(0, memory.size), memory.fd)
-    for n, attempt in enumerate(attempts(CATALOG[victim])):
-        cells = [
-            _Cell.spawn(nursery, entries[c.name], c, i, params, memory.fd) for i, c in enumerate(columns, 1)
-        ]
-        told = {}
-        for cell in cells:
-            outcome = cell.attempt(n, attempt)
-            told[cell.column.name] = (outcome.word, outcome.call)
-            cell.close()
-        tell(json.dumps(told))
+    with tempfile.TemporaryDirectory() as path:
+        shared = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        for n, attempt in enumerate(attempts(CATALOG[victim])):
+            cells = [
+                _Cell.spawn(nursery, entries[c.name], c, i, params, memory.fd, shared)
+                for i, c in enumerate(columns, 1)
+            ]
+            told = {}
+            for cell in cells:
+                outcome = cell.attempt(n, attempt)
+                told[cell.column.name] = (outcome.word, outcome.call)
+                cell.close()
+            tell(json.dumps(told))
 
 
 @dataclass
@@ -236,12 +240,13 @@ class _Cell:
         number: int,
         params: tuple[int | bytes, ...],
         memory: int,
+        shared: int,
     ) -> Self:
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         null, event = os.open(os.devnull, os.O_RDWR), os.eventfd(0, os.EFD_NONBLOCK)
         fds = [null, its_access.fileno(), its_control.fileno()]
-        given = {"signal": event, "kick": event, "memory": memory}
+        given = {"signal": event, "kick": event, "memory": memory, "directory": shared}
         for d, numbers in entry.own_slots():
             fds += [given.get(d.kind, null)] * len(numbers)
         mode = column.mode
