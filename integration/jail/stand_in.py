@@ -156,7 +156,7 @@ class StandIn:
                 return os.dup(self.guest.fd), os.dup(self.guest.fd)
             case "directory":
                 flags = os.O_PATH | os.O_DIRECTORY
-                return os.open(path or "/", flags), os.open(path or "/", flags)
+                return os.open(path or HERE, flags), os.open(path or HERE, flags)
             case "disk" if path is not None:
                 return os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)
             case "disk":
