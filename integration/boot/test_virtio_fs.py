@@ -42,7 +42,7 @@ echo "more" >> all && chmod 600 all && truncate -s 5 old && mv all renamed
 echo "left: $(ls | wc -l) $(stat -c %h renamed) $(stat -c %a renamed) $(stat -c %s old)"
 exec 3> open && rm open && echo "unlinked" >&3 && exec 3>&-
 df /mnt | tail -n 1 | grep -q % && echo "df: yes"
-ls /mnt/no/such 2>/dev/null; cat /mnt/build/soft > /dev/null && echo "again: yes"
+ls /mnt/no/such 2>/dev/null; cat soft 2>/dev/null || echo "dangling: yes"
 
 cd / && umount /mnt && echo "unmounted: yes"
 for n in 1 2 3; do mount -t virtiofs work /mnt && [ -e /mnt/build/renamed ] && umount /mnt; done &&
@@ -91,7 +91,7 @@ def test_linux_works_in_our_directories(tmp_path: Path, booted: Callable[[], Non
     booted()
     assert "trouble:" not in vmsup.console
     for word in (
-        "mounted", "mounted-ro", "refused", "newer", "df", "no-pipe", "again", "unmounted", "remounted",
+        "mounted", "mounted-ro", "refused", "newer", "df", "no-pipe", "dangling", "unmounted", "remounted",
     ):  # fmt: skip
         assert vmsup[f"{word}:"] == "yes"
     assert vmsup["read:"] == vmsup["written:"] == vmsup["bound:"] == before == digest(look)
