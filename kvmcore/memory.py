@@ -34,14 +34,16 @@ class GuestMemory:
     or across the 32-bit gap is a MemoryFault, never a short transfer.
     """
 
+    fd = -1
+
     def __init__(self, fd: int, regions: Iterable[Region]) -> None:
-        """Map `fd`, which stays the caller's; see `create` and `attach`."""
-        self.fd = fd
+        """Map `fd` and, unless that fails, take it over; see `create` and `attach`."""
         self.regions = tuple(sorted(regions))
         self.size = sum(r.size for r in self.regions)
         self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED | _MAP_NORESERVE)
         self._view = memoryview(self._map)
         self._lock = threading.Lock()
+        self.fd = fd
 
     @classmethod
     def create(cls, ranges: Iterable[tuple[int, int]]) -> Self:
@@ -209,3 +211,7 @@ class GuestMemory:
             self._map.close()
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        if self.fd >= 0:  # the mapping goes by itself
+            os.close(self.fd)
