@@ -143,6 +143,54 @@ class Link(Protocol):
         """
 
 
+class Line(Protocol):
+    """A place for a connection with a program on the host: a stream of bytes each way, while there is one.
+
+    `receive`, `send` and `shut` raise OSError when the other end is gone.
+    """
+
+    @property
+    def number(self) -> int:
+        """Which place this is, in the words of `Exchange`."""
+
+    def open(self) -> None:
+        """There is a connection in this place."""
+
+    def receive(self, buffers: Sequence[Buffer]) -> int | None:
+        """Bytes into `buffers`, one after the other: how many; None: none now, 0: there are no more."""
+
+    def send(self, buffers: Sequence[Buffer]) -> int:
+        """The first bytes of `buffers`, one after the other: how many; 0 while the host does not drain."""
+
+    def shut(self, *, receive: bool = False, send: bool = False) -> None:
+        """Nothing more is received, which the sender will hear of; or sent, which the receiver will."""
+
+    def close(self) -> None:
+        """The connection is over and the place empty; what was sent still arrives."""
+
+    def listen(
+        self,
+        wants_read: Callable[[], bool],
+        wants_write: Callable[[], bool],
+        on_readable: Callable[[], None],
+        on_writable: Callable[[], None],
+    ) -> None:
+        """While it is open: both wants are asked before each wait, and the others called when it is so."""
+
+
+class Exchange(Protocol):
+    """Connects with programs on the host, in places that are empty."""
+
+    def dial(self, port: int) -> bool:
+        """Ask for the program that listens at `port`, which `on_call` will tell of; False: not so fast."""
+
+    def listen(self, on_call: Callable[[bool, int | None], None]) -> None:
+        """Have `on_call` called for each `dial`, in their order, with True; with False when a program calls.
+
+        With it comes the place of the connection; None: there is nobody, or no empty place.
+        """
+
+
 class Watched:
     """The loop's side of a port that has something to wait for: the base of every backend but a signal.
 
