@@ -30,12 +30,25 @@ class Descriptor:
     `kind`: "signal" an eventfd written by the device; "kick" an eventfd read by it; "input" a byte source;
     "output" a byte sink; "memory" the memfd of guest memory; "disk" an image; "tap" a tap interface;
     "stream" a unix stream socket that carries frames; "directory" an O_PATH descriptor of a directory, which
-    becomes the process's root.  `count` makes it an array: the model gets a tuple of
+    becomes the process's root; "exchange" a socket from which connections come; "line" a place for one, empty
+    but when there is one.  `count` makes it an array: the model gets a tuple of
     ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST instead of FD_<NAME>.
     """
 
     name: str
-    kind: Literal["signal", "kick", "input", "output", "memory", "disk", "tap", "stream", "directory"]
+    kind: Literal[
+        "signal",
+        "kick",
+        "input",
+        "output",
+        "memory",
+        "disk",
+        "tap",
+        "stream",
+        "directory",
+        "exchange",
+        "line",
+    ]
     meaning: str
     count: int | None = None
 
@@ -183,6 +196,9 @@ NET_STREAM: Final = Virtio(spec.ID_NET, 0x020000, (256, 256, 64))
 CONSOLE_PORTS: Final = 4
 CONSOLE: Final = Virtio(spec.ID_CONSOLE, 0x078000, (64,) * (2 * CONSOLE_PORTS + 2))
 BALLOON: Final = Virtio(spec.ID_BALLOON, 0x00FF00, (64,) * 5)
+VSOCK_LINES: Final = 64
+"""Connections that a guest can have with the host at once."""
+VSOCK: Final = Virtio(spec.ID_VSOCK, 0x078000, (256, 256, 64))
 FS: Final = Virtio(spec.ID_FS, 0x018000, (64, 512))
 BLOCK: Final = Virtio(spec.ID_BLOCK, 0x018000, (256,) * 4)
 
@@ -326,6 +342,14 @@ CATALOG: Final[dict[str, Entry]] = {
             params=_net_params(1),
             sources=("clock",),
             settings=(_PLUGGED,),
+        ),
+        virtio_entry(
+            "virtio-vsock", "sockets between guest and host", "VirtioVsock", VSOCK,
+            descriptors=(
+                Descriptor("exchange", "exchange", "connects host programs, and asks for them"),
+                Descriptor("line", "line", "places for connections", VSOCK_LINES),
+            ),
+            params=(Param("cid", 3, (1 << 32) - 2, "the guest's context id"),),
         ),
         virtio_entry(
             "virtio-blk", "disk", "VirtioBlk", BLOCK,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from devproc.wire import CONTROL_FRAME_MAX, Conversation, Message, PeerError, Sender, Table, decode, encode
 
-FDS_MAX = 64
+FDS_MAX = 128
 
 
 class ChannelClosed(Exception):

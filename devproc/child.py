@@ -24,6 +24,7 @@ from devproc.backends.disk import Disk
 from devproc.backends.entropy import entropy
 from devproc.backends.input import Input
 from devproc.backends.kick import Kick
+from devproc.backends.line import Exchange, Line
 from devproc.backends.output import Output
 from devproc.backends.signal import Signal
 from devproc.backends.stream import Stream
@@ -75,6 +76,8 @@ _BACKENDS: Final[dict[str, Callable[[int], Any]]] = {
     "directory": Directory,
     "tap": Tap,
     "stream": Stream,
+    "exchange": Exchange,
+    "line": Line,
 }
 SOURCES: Final = {"clock": time.monotonic_ns, "wall": time.time_ns, "entropy": entropy}
 

@@ -130,6 +130,10 @@ class Bench:
                 return self._links[-1]
             case "directory":
                 return host.Directory()
+            case "exchange":
+                return host.Exchange()
+            case "line":
+                return host.Line()
             case _:
                 return host.Disk(0 if d.name == "backing" else host.DISK_SIZE)
 

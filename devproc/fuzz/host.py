@@ -174,3 +174,22 @@ class Directory:
             raise OSError(errno.ENOENT, "it is empty")
 
         return fail
+
+
+class Exchange:
+    """`ports.Exchange` that is busy for ever: the guest has no connection, whatever it says."""
+
+    def listen(self, on_call: Callable[[bool, int | None], None]) -> None:
+        pass
+
+    def dial(self, port: int) -> bool:
+        return False
+
+
+class Line:
+    """`ports.Line` that stays empty."""
+
+    number = 0
+
+    def listen(self, *handlers: Callable[..., Any]) -> None:
+        pass

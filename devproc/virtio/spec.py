@@ -59,6 +59,7 @@ ID_BLOCK: Final = 2
 ID_CONSOLE: Final = 3
 ID_ENTROPY: Final = 4
 ID_BALLOON: Final = 5
+ID_VSOCK: Final = 19
 ID_FS: Final = 26
 
 # 4.1.2 PCI Device Discovery

@@ -21,6 +21,7 @@ from kvmcore.memory import GuestMemory
 
 PARAMS = {
     "names": b"",
+    "cid": 3,
     "mem_below_4g": 1 << 30,
     "mem_above_4g": 2 << 30,
     "mac": b"\x02net\0\1",
@@ -93,6 +94,78 @@ class Cable:
         self.asked = asked
 
 
+class Operator:
+    """The exchange and every host program: `numbers` was dialled; `connect` puts a connection in a place."""
+
+    def __init__(self) -> None:
+        self.lines: list[Place] = []
+        self.numbers: list[int] = []
+        self.busy = False
+
+    def listen(self, on_call: Callable[[bool, int | None], None]) -> None:
+        self.on_call = on_call
+
+    def dial(self, port: int) -> bool:
+        if not self.busy:
+            self.numbers.append(port)
+        return not self.busy
+
+    def connect(self, dialled: bool, there: bool = True) -> Place | None:
+        """A program has called, or what was dialled is answered; `there`: by anybody."""
+        place = next((p for p in self.lines if not p.is_open), None) if there else None
+        self.on_call(dialled, None if place is None else place.number)
+        return place
+
+
+class Place:
+    """A place for a connection, and the host program at its other end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.is_open = False
+
+    def listen(self, *handlers: Callable[[], Any]) -> None:
+        self.wants_read, self.wants_write, self.on_readable, self.on_writable = handlers
+
+    def open(self) -> None:
+        assert not self.is_open
+        self.is_open = True
+        self.incoming = bytearray()
+        self.got = bytearray()
+        self.room = 1 << 30
+        self.hung_up = self.gone = False
+        self.shut_down: set[str] = set()
+
+    def receive(self, buffers: Sequence[Any]) -> int | None:
+        assert self.is_open
+        if self.gone:
+            raise ConnectionResetError
+        done = 0
+        for buffer in buffers:
+            part = bytes(self.incoming[: len(buffer)])
+            del self.incoming[: len(part)]
+            memoryview(buffer)[: len(part)] = part
+            done += len(part)
+        return done if done or self.hung_up else None
+
+    def send(self, buffers: Sequence[Any]) -> int:
+        assert self.is_open
+        if self.gone:
+            raise BrokenPipeError
+        taken = b"".join(buffers)[: self.room]
+        self.got += taken
+        self.room -= len(taken)
+        return len(taken)
+
+    def shut(self, *, receive: bool = False, send: bool = False) -> None:
+        assert self.is_open
+        self.shut_down |= {name for name, wanted in (("receive", receive), ("send", send)) if wanted}
+
+    def close(self) -> None:
+        assert self.is_open
+        self.is_open = False
+
+
 class Bench:
     """The host's side of one device model, and its guest's: all ports, built from the catalogue entry."""
 
@@ -109,8 +182,11 @@ class Bench:
         self.draws = 0
         self.input = Port(read=self.read)
         self.output = Port(write=self.write)
+        self.operator = Operator()
         if entry.guest_memory:
             self.memory = memory or GuestMemory.create(MEMORY)
+            if memory is None:
+                weakref.finalize(self, os.close, self.memory.fd)
         self.image = os.memfd_create("image")
         os.truncate(self.image, IMAGE_SIZE)
         self.nothing = os.memfd_create("nothing")
@@ -150,6 +226,11 @@ class Bench:
                 return getattr(self, kind)
             case "directory":
                 return self.directory
+            case "exchange":
+                return self.operator
+            case "line":
+                self.operator.lines.append(Place(100 + len(self.operator.lines)))
+                return self.operator.lines[-1]
             case "tap" | "stream":
                 return Cable(offloads=kind == "tap")
             case _:
