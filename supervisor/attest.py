@@ -22,7 +22,8 @@ from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG, Entry, share
 from kvmcore.errors import ConfigError
 from policies.compile import compile_notify
 from policies.parse import load
-from supervisor.janitor import CAPABILITIES
+from supervisor import exchange as exchange_process
+from supervisor import janitor as janitor_process
 from supervisor.procstatus import NAMESPACES
 
 UNSEEN: Final = ("securebits", "the parent-death signal", "MDWE", "Landlock")
@@ -157,13 +158,14 @@ def attest(
     supervisor: int,
     zygote: int | None = None,
     janitor: int | None = None,
+    exchange: int | None = None,
 ) -> Report:
     """Look at every process of a VM.
 
     Args:
         devices: the name, the pid and the declared kind of each device process.
         supervisor: its pid.
-        zygote, janitor: their pids, if they are to be looked at.
+        zygote, janitor, exchange: their pids, if they are to be looked at.
     """
     head = _Process("supervisor", supervisor)
     processes = [_Process(name, pid) for name, pid, _ in devices]
@@ -178,9 +180,13 @@ def attest(
         nursery = _Process("zygote", zygote)
         shares = any(shared_directory(entry) is not None for _, _, entry in devices)
         compare(nursery, _zygote(nursery, shares))
-    if janitor is not None:
-        cleaner = _Process("janitor", janitor)
-        compare(cleaner, _janitor(cleaner))
+    for name, pid, keep in (
+        ("janitor", janitor, janitor_process.CAPABILITIES),
+        ("exchange", exchange, exchange_process.CAPABILITIES),
+    ):
+        if pid is not None:
+            helper = _Process(name, pid)
+            compare(helper, _helper(helper, keep))
     for process, (_, _, entry) in zip(processes, devices, strict=True):
         others = [head, *(p for p in processes if p is not process)]
         compare(process, _device(process, entry, head, others))
@@ -196,7 +202,7 @@ def of_vm(answer: Mapping[str, Any]) -> Report:
     try:
         kinds = answer["kinds"]
         devices = [(name, pid, CATALOG[kinds[name]]) for name, pid in answer["processes"]]
-        return attest(devices, answer["pid"], answer["zygote"], answer["janitor"])
+        return attest(devices, answer["pid"], answer["zygote"], answer["janitor"], answer.get("exchange"))
     except (KeyError, TypeError, ValueError) as e:
         raise ConfigError(f"the VM does not say what its processes are: {e!r}") from None
 
@@ -221,9 +227,9 @@ def _supervisor(process: _Process, keep: int = 0) -> list[Row]:
     ]
 
 
-def _janitor(process: _Process) -> list[Row]:
+def _helper(process: _Process, keep: int) -> list[Row]:
     return [
-        *_supervisor(process, CAPABILITIES),
+        *_supervisor(process, keep),
         ("memory", "guest memory", _NONE, _guest_memory(process)),
         ("limits", "threads", "1", lambda: str(len(process.list("task")))),
     ]
@@ -382,7 +388,8 @@ def _guest_memory(process: _Process) -> Look:
 def _declared(entry: Entry) -> str:
     kinds = {0: "null", 1: "null", FD_LOG: "pipe", FD_ACCESS: "socket", FD_CONTROL: "socket"}
     for d, numbers in entry.own_slots():
-        kinds |= dict.fromkeys(numbers, _SHOWN.get(d.kind, "stream"))
+        if d.kind != "line":
+            kinds |= dict.fromkeys(numbers, _SHOWN.get(d.kind, "stream"))
     return ", ".join(f"{fd} {kind}" for fd, kind in sorted(kinds.items()))
 
 
@@ -392,6 +399,9 @@ def _held(process: _Process, entry: Entry) -> str:
     held = {
         int(fd): _kind(process, fd) for fd in process.list("fd") if not entry.opens or int(fd) < entry.held
     }
+    for fd in (fd for d, numbers in entry.own_slots() if d.kind == "line" for fd in numbers):
+        if held.get(fd) == "socket":  # a connection, which comes and goes
+            del held[fd]
     for fd in streams & held.keys():
         if held[fd] in ("pipe", "socket", "null", "terminal", "file"):  # whatever the user gave the console
             held[fd] = "stream"

@@ -90,6 +90,13 @@ def _arguments() -> argparse.ArgumentParser:
         metavar="PATH,tag=TAG[,ro]",
         help="a directory for the guest: mount -t virtiofs TAG /mnt",
     )
+    add(
+        "--vsock",
+        action="append",
+        metavar="CID,path=SOCKET",
+        help="sockets between guest and host: cid=3..,path= where host programs reach the guest; it reaches "
+        "those that listen at SOCKET_PORT",
+    )
     add("--rng", action=argparse.BooleanOptionalAction, default=None, help="a source of random numbers [on]")
     add(
         "--balloon",

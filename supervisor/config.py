@@ -26,6 +26,7 @@ RATE_MAX = 1 << 40  # of bytes or operations, per second
 NET_QUEUES_MAX = 4
 TAG_MAX = 36  # bytes; virtio 1.2, 5.11.4
 MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.2, 5.1.4.1
+CID_MIN, CID_MAX = 3, (1 << 32) - 2  # virtio 1.2, 5.10.4
 LOG_FORMATS = ("text", "json")
 DEVICE_TIMEOUT_S = 2.0
 LEARN = "VMSUP_LEARN"  # DEVICE:FILE in the environment: see supervisor/recorder.py
@@ -71,6 +72,10 @@ SHARED_DIR_KEYS = (
     Key("path"),
     Key("tag"),
     Key("ro", bool),
+)
+VSOCK_KEYS = (
+    Key("cid", int, CID_MIN, CID_MAX),
+    Key("path"),
 )
 
 
@@ -233,6 +238,29 @@ class SharedDirConfig:
 
 
 @dataclass(frozen=True)
+class VsockConfig:
+    """Sockets between guest and host: the guest's context id, and the unix socket by which it is reached.
+
+    Programs that the guest is to reach at a port listen at `path`_PORT.
+    """
+
+    cid: int
+    path: str
+
+    @classmethod
+    def from_values(cls, where: str, values: Mapping[str, Any]) -> VsockConfig:
+        """Both keys, checked already.
+
+        Raises:
+            ConfigError: one is missing.
+        """
+        for key in VSOCK_KEYS:
+            if key.name not in values:
+                raise ConfigError(f"{where}: {key.name} is missing, expected cid=N,path=SOCKET")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything `vmsup run` needs; memory in MiB, times in seconds, affinity as vCPU -> host CPUs."""
 
@@ -246,6 +274,7 @@ class RunConfig:
     block: tuple[BlockConfig, ...] = ()
     net: tuple[NetConfig, ...] = ()
     shared_dir: tuple[SharedDirConfig, ...] = ()
+    vsock: tuple[VsockConfig, ...] = ()
     irqchip: str = "kernel"
     pcie_ecam: bool = True
     rng: bool = True
@@ -287,6 +316,8 @@ class RunConfig:
         for tag in tags:
             if tags.count(tag) > 1:
                 raise ConfigError(f"--shared-dir: tag={tag} given twice")
+        if len(self.vsock) > 1:
+            raise ConfigError("--vsock given twice, a guest has one context id")
 
     def serial_ports(self) -> tuple[SerialConfig, ...]:
         """All four ports: COM1 on stdio unless told otherwise, the rest sinks."""
@@ -371,12 +402,13 @@ _SCALARS = (
     Key("jail-report"),
 )
 # Lists of tables, each on the command line an option that may be given several times.
-_Listed = type[SerialConfig] | type[BlockConfig] | type[NetConfig] | type[SharedDirConfig]
+_Listed = type[SerialConfig] | type[BlockConfig] | type[NetConfig] | type[SharedDirConfig] | type[VsockConfig]
 _TABLES: Mapping[str, tuple[tuple[Key, ...], _Listed]] = {
     "serial": (SERIAL_KEYS, SerialConfig),
     "block": (BLOCK_KEYS, BlockConfig),
     "net": (NET_KEYS, NetConfig),
     "shared-dir": (SHARED_DIR_KEYS, SharedDirConfig),
+    "vsock": (VSOCK_KEYS, VsockConfig),
 }
 _LISTS = ("params", *_TABLES)
 _FLOATS = ("device-timeout",)

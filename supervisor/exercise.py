@@ -222,6 +222,9 @@ def _process(
         disk = os.memfd_create("disk")
         os.truncate(disk, _DISK_SIZE)
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        device, exchange = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        undo.callback(device.close)
+        undo.callback(exchange.close)
         undo.callback(near.close)
         undo.callback(far.close)
         for fd in (*signals.values(), theirs, typed, shown, output, disk, shared):
@@ -232,6 +235,7 @@ def _process(
         stand_ins = {
             "input": theirs, "output": output, "disk": disk, "tap": near.fileno(), "stream": near.fileno(),
             "directory": shared,
+            "exchange": device.fileno(), "line": theirs,
         }  # fmt: skip
         own = [(d, len(numbers)) for d, numbers in instance.entry.own_slots() if d.kind in stand_ins]
         fds = {d.name: (stand_ins[d.kind],) * count for d, count in own}

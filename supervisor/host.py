@@ -33,6 +33,7 @@ class Host:
         tell: takes a line that the user did not ask for but needs: where a pseudo-terminal is.
         watched: relays, for the main thread to poll while the guest runs.
         keyboard: the terminal, if a console is on it.
+        exchange: the device's end of the exchange (supervisor/exchange.py), if there is one.
         window: the port of the virtio console whose window the terminal's is.
     """
 
@@ -42,6 +43,7 @@ class Host:
     watched: list[Watched] = field(default_factory=list)
     keyboard: Keyboard | None = None
     window: int | None = None
+    exchange: int | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from supervisor import confine, control, ending, machine
 from supervisor.bus import Buses, Claim, DeviceTarget
 from supervisor.config import LEARN, RunConfig
 from supervisor.ending import Ending
+from supervisor.exchange import Exchange
 from supervisor.host import Host
 from supervisor.janitor import Janitor
 from supervisor.machine import Instance
@@ -86,6 +87,11 @@ class _Launch:
         with step("start the janitor"):
             janitor = Janitor.start(mode)
             self.undo.callback(janitor.finish)
+        exchange: Exchange | None = None
+        for vsock in config.vsock:
+            with step("start the exchange"):
+                exchange = Exchange.start(vsock.path, janitor, mode)
+                self.undo.callback(exchange.finish)
         with step("fork the zygote"):
             jail.adopt_orphans()
             self.undo.callback(jail.adopt_orphans, False)
@@ -124,6 +130,8 @@ class _Launch:
         with step("open what the devices work on"):
             tell = partial(say, level="info", event="console")
             host = Host(self.undo, janitor, tell)
+            if exchange is not None:
+                host.exchange = exchange.device.fileno()
             opened = {i.name: i.opens(host) for i in instances if i.opens is not None}
         with step("spawn the devices"):
             events = {name: self._eventfd() for name, _ in _EVENTS}
@@ -198,7 +206,7 @@ class _Launch:
         with step("make the control socket"):
             if config.socket is not None:
                 verbs: dict[str, control.Verb] = {
-                    "ps": lambda _: self._ps(proxies, nursery, janitor),
+                    "ps": lambda _: self._ps(proxies, nursery, janitor, exchange),
                     "stop": lambda _: _stop(loop),
                     "balloon": partial(self._balloon, _find(proxies, "virtio-balloon")),
                     "link": partial(_link, proxies),
@@ -208,6 +216,8 @@ class _Launch:
                 host.watched.append(server)
         with step("drop privileges"):
             janitor.seal(self.say)
+            if exchange is not None:
+                exchange.seal(self.say)
             jail.drop_privileges()
         how = loop.run(threads, seal)
         if recordings is not None:
@@ -336,10 +346,14 @@ class _Launch:
         else:
             irqfd(eventfds["intx"][0], instance.gsi, eventfds["resample"][0])
 
-    def _ps(self, proxies: Sequence[Proxy], nursery: Zygote, janitor: Janitor) -> dict[str, Any]:
+    def _ps(
+        self, proxies: Sequence[Proxy], nursery: Zygote, janitor: Janitor, exchange: Exchange | None
+    ) -> dict[str, Any]:
         processes = [[p.name, p.pid] for p in proxies if not p.reaped]
         kinds = {p.name: p.instance.entry.name for p in proxies}
         ours = {"pid": os.getpid(), "zygote": nursery.pid, "janitor": janitor.pid}
+        if exchange is not None:
+            ours["exchange"] = exchange.pid
         return {**ours, "processes": processes, "kinds": kinds}
 
     def _balloon(self, balloon: Proxy | None, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from supervisor.disks import open_disk
 from supervisor.host import Opener
 from supervisor.nets import open_net
 from supervisor.shares import open_share
+from supervisor.vsocks import open_vsock
 
 SERIAL_BASES: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 SERIAL_GSIS: Final = (4, 3, 4, 3)
@@ -98,6 +99,8 @@ def virtio_functions(config: RunConfig) -> Iterator[Function]:
     if consoles := config.virtio_consoles():
         names = b"\0".join(port.name.encode() for port in consoles)
         yield Function("console", "virtio-console", (names,), partial(open_virtio_consoles, consoles))
+    for vsock in config.vsock:
+        yield Function("vsock", "virtio-vsock", (vsock.cid,), open_vsock)
     if config.balloon:
         yield Function("balloon", "virtio-balloon")
     for n, shared in enumerate(config.shared_dir, 1):

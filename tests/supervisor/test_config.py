@@ -10,6 +10,7 @@ from supervisor.config import (
     NetConfig,
     RunConfig,
     SerialConfig,
+    VsockConfig,
     build,
     parse_affinity,
     parse_cpu_list,
@@ -299,6 +300,27 @@ def test_a_card_is_its_tap_and_what_is_said_of_it():
 def test_cards_that_make_no_sense_are_refused(text, why):
     with pytest.raises(ConfigError, match=f"^--net: .*{why}"):
         build({"kernel": "k", "net": [text]})
+
+
+def test_a_guest_has_one_context_id_and_a_path_to_it():
+    assert build({"kernel": "k", "vsock": ["3,path=v"]}).vsock == (VsockConfig(3, "v"),)
+    with pytest.raises(ConfigError, match="--vsock given twice"):
+        build({"kernel": "k", "vsock": ["3,path=v", "4,path=w"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("3", "path is missing"),
+        ("path=v", "cid is missing"),
+        ("2,path=v", "cid: expected an integer from 3 to 4294967294"),
+        ("0xffffffff,path=v", "cid: expected an integer from 3 to 4294967294"),
+        ("3,path=", "path"),
+    ],
+)
+def test_a_context_id_or_path_that_makes_no_sense_is_refused(text, why):
+    with pytest.raises(ConfigError, match=f"^--vsock: .*{why}"):
+        build({"kernel": "k", "vsock": [text]})
 
 
 def test_the_guest_cannot_be_given_more_pairs_of_queues_than_the_card_has():

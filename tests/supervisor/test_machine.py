@@ -5,7 +5,14 @@ import pytest
 from devproc.catalog import CATALOG
 from kvmcore import layout
 from supervisor import machine
-from supervisor.config import BlockConfig, NetConfig, RunConfig, SerialConfig, SharedDirConfig
+from supervisor.config import (
+    BlockConfig,
+    NetConfig,
+    RunConfig,
+    SerialConfig,
+    SharedDirConfig,
+    VsockConfig,
+)
 
 GIB = 1 << 30
 
@@ -54,6 +61,7 @@ def test_every_kind_of_device_is_in_some_machine():
         block=(BlockConfig("disk"),),
         net=(NetConfig(tap_name="tap"), NetConfig(passt=True)),
         shared_dir=(SharedDirConfig("directory", "tag"),),
+        vsock=(VsockConfig(3, "socket"),),
         balloon=True,
     )
     kinds = {i.entry.name for i in machine.instances(everything, GIB, 0)}
