@@ -26,6 +26,8 @@ from hostile import HOSTILE, VICTIM  # noqa: E402
 from devproc import jail, syscalls, wire, zygote  # noqa: E402
 from devproc.catalog import CATALOG, Descriptor, Entry  # noqa: E402
 from devproc.channel import Channel, ChannelClosed  # noqa: E402
+from devproc.devices import virtio_vsock as vsock  # noqa: E402
+from devproc.devices.virtio_vsock import Op  # noqa: E402
 from devproc.driver import PciDriver  # noqa: E402
 from devproc.violations import read_violation  # noqa: E402
 from kvmcore.memory import GuestMemory  # noqa: E402
@@ -163,6 +165,9 @@ class StandIn:
                 with tempfile.TemporaryFile() as image:
                     image.truncate(1 << 20)
                     return os.dup(image.fileno()), os.dup(image.fileno())
+            case "exchange":
+                pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+                return pair[0].detach(), pair[1].detach()
             case "tap" | "stream":
                 pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
                 return pair[0].detach(), pair[1].detach()
@@ -188,6 +193,86 @@ class StandIn:
             os.eventfd_read(irq)
             answers += [used.data for used in queue.used()]
         return answers
+
+    def talk(self, name: str, features: int) -> list[bytes]:
+        """A guest dials port 80, and a host program calls it, by way of a virtio-vsock process.
+
+        The payloads that the guest hears, what the exchange hears, then what the two host programs hear.
+        """
+        d = self.devices[name]
+        driver = PciDriver(Function(d["access"]), self.guest)
+        driver.start(features)
+        (exchange,) = d["kept"]["exchange"]
+        channel = socket.socket(fileno=os.dup(exchange))
+        channel.settimeout(5)
+
+        def send(op: Op, host_port: int, data: bytes = b"", flags: int = 0) -> None:
+            header = vsock.HEADER.pack(3, 2, 1024, host_port, len(data), 1, op, flags, 1 << 16, 0)
+            driver.queues[vsock.TX].request(header + data)
+            os.eventfd_write(d["kept"]["kick"][vsock.TX], 1)
+
+        def hear(op: Op) -> bytes:
+            """The payload of the next packet, which is an `op`."""
+            queue = driver.queues[vsock.RX]
+            queue.request(4096)
+            os.eventfd_write(d["kept"]["kick"][vsock.RX], 1)
+            until_s = time.monotonic() + 5
+            while not (used := queue.used()):
+                assert time.monotonic() < until_s, f"no {op.name}"
+                time.sleep(0.001)
+            assert vsock.HEADER.unpack(used[0].data[: vsock.HEADER.size])[6] == op
+            return used[0].data[vsock.HEADER.size :]
+
+        def connect(word: bytes) -> socket.socket:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            ours.settimeout(5)
+            with theirs:
+                socket.send_fds(channel, [word], [theirs.fileno()])
+            return ours
+
+        send(Op.REQUEST, 80)
+        port = channel.recv(8)
+        dialled = connect(b"D")
+        hear(Op.RESPONSE)
+        dialled.send(b"to the guest")
+        heard = [hear(Op.RW)]
+        send(Op.RW, 80, b"to the host")
+        caller = connect(b"A")
+        caller.send(b"CONNECT 1024\n")
+        hear(Op.REQUEST)
+        send(Op.RESPONSE, vsock.HOST_PORT)
+        caller.send(b"called")
+        heard.append(hear(Op.RW))
+        send(Op.SHUTDOWN, vsock.HOST_PORT, flags=vsock.SHUTDOWN_RCV)
+        send(Op.SHUTDOWN, 80, flags=vsock.SHUTDOWN_SEND)
+        said = b""
+        while more := dialled.recv(99):
+            said += more
+        send(Op.SHUTDOWN, vsock.HOST_PORT, flags=vsock.SHUTDOWN_SEND)
+        hear(Op.RST)
+        heard += [port, said, caller.recv(99)]
+        for sock in (dialled, caller, channel):
+            sock.close()
+        return heard
+
+    def crowd(self, name: str, count: int) -> int:
+        """With how many of `count` host programs that call a virtio-vsock process it stays connected."""
+        d = self.devices[name]
+        PciDriver(Function(d["access"]), self.guest).start()
+        channel = socket.socket(fileno=os.dup(d["kept"]["exchange"][0]))
+        channel.settimeout(5)
+        callers = []
+        for _ in range(count):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            callers.append(ours)
+            with theirs:
+                socket.send_fds(channel, [b"A"], [theirs.fileno()])
+        for _ in range(count):  # one is answered in each turn of its loop
+            self.ask_ping(name)
+        connected = len(callers) - len(select.select(callers, [], [], 0)[0])
+        for sock in (*callers, channel):
+            sock.close()
+        return connected
 
     def fill(self, gpa: int, data: bytes) -> None:
         self.guest.write(gpa, data)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from devproc.catalog import VSOCK_LINES
 from devproc.devices import virtio_blk as blk
 from devproc.devices import virtio_console as console
 from devproc.devices.virtio_blk import Type
@@ -159,3 +160,20 @@ def test_a_jailed_console_has_all_its_ports(supervisor: Any, features: int) -> N
     supervisor("set", "con", "size", 80 | 24 << 16)
     assert supervisor("ask_ping", "con") == 7
     assert supervisor("stop", "con") == (os.CLD_EXITED, 0)
+
+
+@pytest.mark.parametrize("features", [V1, V1 | EVERY_RING], ids=["split", "packed"])
+def test_a_jailed_vsock_takes_connections_and_lets_them_go(supervisor: Any, features: int) -> None:
+    supervisor("spawn", "virtio-vsock", "vsock", params=(*MEMORY, 3), host_id=host_id(supervisor))
+    for _ in range(VSOCK_LINES // 2 + 1):  # no place is lost
+        assert supervisor("talk", "vsock", features) == [
+            b"to the guest", b"called", bytes([80, 0, 0, 0]), b"to the host", b"OK 1073741824\n"
+        ]  # fmt: skip
+    assert supervisor("stop", "vsock") == (os.CLD_EXITED, 0)
+
+
+def test_a_jailed_vsock_can_hold_no_more_connections_than_it_has_places(supervisor: Any) -> None:
+    supervisor("spawn", "virtio-vsock", "crowd", params=(*MEMORY, 3), host_id=host_id(supervisor))
+    for _ in range(2):
+        assert supervisor("crowd", "crowd", VSOCK_LINES + 10) == VSOCK_LINES
+    assert supervisor("stop", "crowd") == (os.CLD_EXITED, 0)
