@@ -185,8 +185,6 @@ class Bench:
         self.operator = Operator()
         if entry.guest_memory:
             self.memory = memory or GuestMemory.create(MEMORY)
-            if memory is None:
-                weakref.finalize(self, os.close, self.memory.fd)
         self.image = os.memfd_create("image")
         os.truncate(self.image, IMAGE_SIZE)
         self.nothing = os.memfd_create("nothing")
