@@ -26,6 +26,7 @@ READ_BACK: Final = 3  # SC1, SC0
 READ_BACK_NO_COUNT, READ_BACK_NO_STATUS = 0x20, 0x10
 STATUS_OUT, STATUS_NULL = 0x80, 0x40
 PORTB_GATE2, PORTB_SPKR, PORTB_REFRESH, PORTB_OUT2 = 0x01, 0x02, 0x10, 0x20
+_SPAN_NS: Final = 1 << 62  # what is restored must not, as time goes on, outgrow what can be saved
 
 
 @dataclass(slots=True)
@@ -392,6 +393,9 @@ class Pit(Model):
 
     def restore(self, data: bytes) -> None:
         s = state.unpack(PitState, data)
+        for c in s.counters:
+            if max(abs(c.elapsed_ns), abs(c.switch_in_ns)) > _SPAN_NS:
+                raise ValueError(f"{c.elapsed_ns} ns and {c.switch_in_ns} ns: more than {_SPAN_NS} from now")
         now = self._clock()
         self._counters = [
             Counter(

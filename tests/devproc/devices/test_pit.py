@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -455,3 +456,13 @@ def test_linux_calibrates_the_tsc_with_counter_2(pit: Any) -> None:
     assert high[0] == 0xFF
     assert high[-1] == (0xFFFF - 1_000_000 * HZ // S) >> 8
     assert high == sorted(high, reverse=True)
+
+
+def test_a_state_too_far_from_now_to_be_saved_again_later_is_refused(pit: Any) -> None:
+    state = pit.model.save()
+    for field in ("elapsed_ns", "switch_in_ns"):
+        far = re.sub(
+            rb'"%s":-?\d+' % field.encode(), b'"%s":%d' % (field.encode(), -(1 << 63)), state, count=1
+        )
+        with pytest.raises(ValueError, match="from now"):
+            pit.model.restore(far)
