@@ -8,6 +8,7 @@ number. Left out: conditional expressions and comprehensions, which are part of 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import sys
@@ -46,9 +47,14 @@ class Block:
         return f"{self.module}:{self.line} ({self.function}{'' if self.taken else ', not taken'})"
 
 
+@functools.cache  # before the jail, in which no source can be read
 def modules(entry: Entry) -> tuple[str, ...]:
-    """The modules whose coverage counts for a device."""
-    return (entry.module, *(VIRTIO_MODULES if entry.virtio is not None else ()))
+    """The modules whose coverage counts for a device: its own, those it is derived from, virtio's."""
+    with open(source(entry.module), encoding="utf-8") as f:
+        body = ast.parse(f.read()).body
+    imported = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.module]
+    bases = [name for name in imported if name.startswith("devproc.devices.")]
+    return (entry.module, *bases, *(VIRTIO_MODULES if entry.virtio is not None else ()))
 
 
 def source(module: str) -> str:
