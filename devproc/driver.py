@@ -451,7 +451,7 @@ class PciDriver:
             id, after, _, kind = (read(Space.CONFIG, at + i, 1) for i in range(4))
             if id == 0x11:
                 self.msix = at
-            elif id == 0x09:
+            elif id == 0x09 and kind != spec.CAP_PCI_CFG:  # whose BAR and offset are the driver's to write
                 assert read(Space.CONFIG, at + spec.CAP_BAR, 1) == 0
                 self.where.setdefault(kind, read(Space.CONFIG, at + spec.CAP_OFFSET, 4))
                 if kind == spec.CAP_NOTIFY_CFG:
