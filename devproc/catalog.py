@@ -1,8 +1,9 @@
 """Every kind of device there is: module, register spaces, descriptors, parameters, limits.
 
 One entry is the first half of a device's page (the second is policies/NAME.policy).  Descriptor slots
-are fixed: 0 and 1 are /dev/null, 2 the log pipe, 3 the access channel, 4 the control channel, and the
-entry's own descriptors follow from 5 in the order written here; policies name them FD_<NAME>.
+are fixed: 0 and 1 are /dev/null, 2 the log pipe, 3 the access channel, 4 the control channel, 5 the mailbox,
+6 the eventfd that wakes who does not look into it, and the entry's own descriptors follow from 7 in the order
+written here; policies name them FD_<NAME>.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from devproc.wire import Scalar, Space
 FD_LOG: Final = 2
 FD_ACCESS: Final = 3
 FD_CONTROL: Final = 4
-FD_FIRST: Final = 5
+FD_MAILBOX: Final = 5
+FD_BELL: Final = 6
+FD_FIRST: Final = 7
 
 Params = dict[str, int | bytes]
 """The values of an entry's parameters, by name."""
@@ -137,7 +140,13 @@ class Entry:
 
     def slots(self) -> dict[str, int]:
         """Policy constant -> descriptor number; of an array, and of what it opens, the first and the last."""
-        slots = {"FD_LOG": FD_LOG, "FD_ACCESS": FD_ACCESS, "FD_CONTROL": FD_CONTROL}
+        slots = {
+            "FD_LOG": FD_LOG,
+            "FD_ACCESS": FD_ACCESS,
+            "FD_CONTROL": FD_CONTROL,
+            "FD_MAILBOX": FD_MAILBOX,
+            "FD_BELL": FD_BELL,
+        }
         for d, numbers in self.own_slots():
             name = f"FD_{d.name.upper()}"
             if d.count is None:

@@ -1,6 +1,6 @@
 """A device process: builds the model's ports, seals itself, and serves until a channel closes.
 
-Left out: the mailbox, which will carry the same messages for the hot spaces (ARCHITECTURE.md).
+The supervisor may make accesses over the access channel or through the mailbox; either is served at any time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib
 import os
-import select
 import socket
 import time
 import traceback
@@ -29,8 +28,19 @@ from devproc.backends.output import Output
 from devproc.backends.signal import Signal
 from devproc.backends.stream import Stream
 from devproc.backends.tap import Tap
-from devproc.catalog import FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, MEMORY_PARAMS, Entry, Params
+from devproc.catalog import (
+    FD_ACCESS,
+    FD_BELL,
+    FD_CONTROL,
+    FD_FIRST,
+    FD_LOG,
+    FD_MAILBOX,
+    MEMORY_PARAMS,
+    Entry,
+    Params,
+)
 from devproc.channel import Channel, ChannelClosed
+from devproc.mailbox import Mailbox
 from devproc.ports import Device, HostError, Watched
 from devproc.wire import (
     ACCESS_FRAME_MAX,
@@ -105,7 +115,6 @@ def warm_up() -> None:
     decode(encode(Hello(VERSION, "")))
     state.unpack(_Sample, state.pack(_Sample(1)))
     hashlib.sha256()  # OpenSSL sets itself up
-    select.select([], [], [], 0)
 
 
 class Serving(Protocol):
@@ -125,7 +134,7 @@ def main(
 ) -> NoReturn:
     """The device process, from the moment it is the supervisor's child; leaves by `os._exit`.
 
-    `serving` takes the arguments of `Server`, which it is in place of.
+    `serving` takes the first arguments of `Server`, which it is in place of.
     """
     status = 1
     control: Channel | None = None
@@ -188,6 +197,7 @@ class Server:
         params: the parameters by name.
         access, control: the two channels.
         first: the descriptor number of the entry's first descriptor.
+        mailbox: those of the mailbox and its eventfd.
         host: what there is of the host without a descriptor, by name of the source.
     """
 
@@ -199,6 +209,7 @@ class Server:
         access: socket.socket,
         control: Channel,
         first: int = FD_FIRST,
+        mailbox: tuple[int, int] = (FD_MAILBOX, FD_BELL),
         host: Mapping[str, Any] = SOURCES,
     ) -> None:
         self._now: Callable[[], int] = host["clock"]
@@ -217,6 +228,8 @@ class Server:
             ports[d.name] = backends[0] if d.count is None else backends
         sources = {**host, "log": self._say}
         self.device: Device = model(**ports, **{s: sources[s] for s in entry.sources})
+        channels = (access.fileno(), control.fileno())
+        self._mailbox = Mailbox(*mailbox, self._sizes, channels, self._watched)
 
     def serve(self) -> None:
         """Serve until `Stop`.
@@ -227,32 +240,30 @@ class Server:
             HostError: the host's end of a port is gone.
             Exception: whatever a model raises is our bug.
         """
-        device, watched = self.device, self._watched
+        device, mailbox = self.device, self._mailbox
         access, control = self._access.fileno(), self._control.fileno()
         while True:
             due = device.deadline_ns
-            timeout = None
+            timeout_ns = None
             if due is not None:
                 now = self._now()
                 if now >= due:
                     device.on_deadline(now)
                     due = device.deadline_ns
-                timeout = None if due is None else max(0, due - now) / 1e9
-            readers, writers = [access, control], []
-            for w in watched:
-                if w.wants_read:
-                    readers.append(w.fd)
-                if w.wants_write:
-                    writers.append(w.fd)
-            readable, writable, _ = select.select(readers, writers, [], timeout)
-            if access in readable:
+                timeout_ns = None if due is None else max(0, due - now)
+            ready = mailbox.wait(timeout_ns)
+            busy = mailbox.serve(device, _BURST) > 0
+            if not ready:
+                continue
+            if mailbox.is_readable(access):
                 self._serve_accesses()
-            for w in watched:
-                if w.fd in writable:
-                    w.on_writable(access not in readable)
-                if w.fd in readable:
+                busy = True
+            for w, readable, writable in mailbox.ready():
+                if writable:
+                    w.on_writable(not busy)
+                if readable:
                     w.on_readable()
-            if control in readable:
+            if mailbox.is_readable(control):
                 message = self._control.recv()
                 if isinstance(message, Stop):
                     self._drain()
@@ -290,12 +301,11 @@ class Server:
 
     def _drain(self) -> None:
         until = time.monotonic() + _LINGER_S
-        while (left := until - time.monotonic()) > 0:
-            pending = {w.fd: w for w in self._watched if w.wants_write}
-            if not pending:
-                return
-            for fd in select.select([], pending, [], left)[1]:
-                pending[fd].on_writable(True)
+        while any(w.wants_write for w in self._watched) and (left := until - time.monotonic()) > 0:
+            if self._mailbox.wait(int(left * 1e9)):
+                for w, _, writable in self._mailbox.ready():
+                    if writable:
+                        w.on_writable(True)
 
     def _set(self, message: Set) -> None:
         try:

@@ -333,7 +333,7 @@ STEPS: Final = (
     Step("identity", "launcher", lambda e: f"uid and gid {INSIDE_ID}, the only ones there are", _identity),
     Step(
         "descriptors", "device",
-        lambda e: "0 and 1 /dev/null (the zygote's), 2 log, 3 access, 4 control, "
+        lambda e: "0 and 1 /dev/null (the zygote's), 2 log, 3 access, 4 control, 5 mailbox, 6 bell, "
         + "".join(f"{_numbers(fds)} {d.name}, " for d, fds in e.own_slots())
         + "all others closed",
         _descriptors,
@@ -364,7 +364,7 @@ STEPS: Final = (
         _seccomp,
     ),
 )  # fmt: skip
-assert FD_FIRST == FD_LOG + 3
+assert FD_FIRST == FD_LOG + 5
 
 
 def lacking() -> dict[str, str]:

@@ -15,7 +15,7 @@ ffibuilder.set_source(
     "kvmcore._core",
     '#include "_core.c"',
     include_dirs=["kvmcore"],
-    depends=["kvmcore/_core.c", "kvmcore/_core.h"],
+    depends=["kvmcore/_core.c", "kvmcore/_core.h", "kvmcore/_mailbox.h"],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fstack-protector-strong", "-pthread"],
     define_macros=[("_FORTIFY_SOURCE", "2")],
 )

@@ -1,7 +1,7 @@
-/* The exit path: KVM_RUN, the bus look-up and the socket transaction, none of it under Python's GIL.
+/* The exit path: KVM_RUN, the bus look-up and the transaction with a device, none of it under Python's GIL.
  *
- * Spec: Linux, Documentation/virt/kvm/api.rst 5 (struct kvm_run); devproc/wire.py for the frames.  Left
- * out: mailboxes, coalesced rings and shadow registers, which would go behind device_read/device_write.
+ * Spec: Linux, Documentation/virt/kvm/api.rst 5 (struct kvm_run); devproc/wire.py for the messages, which go
+ * as its frames or through a mailbox (_mailbox.h).  Left out: coalesced rings.
  *
  * The guest chooses every address, size and value here, and a device process every byte of its replies:
  * neither is used as an index or a length before it was checked.  The loop allocates nothing, and every
@@ -13,9 +13,11 @@
 #define _GNU_SOURCE
 #endif
 #include "_core.h"
+#include "_mailbox.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <signal.h>
@@ -24,7 +26,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -39,9 +43,12 @@
 
 /* One device process: the supervisor's end of its access channel. */
 struct device {
-    pthread_mutex_t lock;  /* held from a request to its reply */
-    int fd;                /* SOCK_SEQPACKET */
-    uint64_t deadline_ns;  /* how long it may hold up one access */
+    pthread_mutex_t lock;    /* held from a request to its reply */
+    int fd;                  /* SOCK_SEQPACKET */
+    uint64_t deadline_ns;    /* how long it may hold up one access */
+    struct mailbox *mailbox; /* NULL: requests go over `fd` */
+    int bell;                /* eventfd that wakes the device when it does not look into its mailbox */
+    uint32_t posted;         /* requests put into the mailbox so far */
     _Atomic uint32_t gone; /* GONE(), set once */
     _Atomic uint64_t reads, writes, wait_ns;
 };
@@ -90,15 +97,6 @@ struct core_vcpu {
     pthread_t thread;
 };
 
-/* ---- time ---- */
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * NS_PER_S + (uint64_t)t.tv_nsec;
-}
-
 static uint64_t all_ones(uint32_t size)
 {
     return size >= 8 ? UINT64_MAX : (1ull << 8 * size) - 1;
@@ -141,28 +139,19 @@ static const uint8_t *get_uint(const uint8_t *p, const uint8_t *end, uint64_t *v
 
 enum { TAG_READ = 1, TAG_WRITE = 2, TAG_VALUE = 3, TAG_DONE = 4 };
 
-static size_t pack_read(uint8_t *frame, uint32_t space, uint64_t offset, uint32_t size)
+static size_t pack_request(uint8_t *frame, const struct mailbox_request *r)
 {
+    bool is_write = r->tag == TAG_WRITE;
     uint8_t *p = frame;
-    *p++ = 0x94;
-    *p++ = TAG_READ;
-    p = put_uint(p, space);
-    p = put_uint(p, offset);
-    p = put_uint(p, size);
-    return (size_t)(p - frame);
-}
-
-static size_t pack_write(uint8_t *frame, uint32_t space, uint64_t offset, uint32_t size, uint64_t data,
-                         bool posted)
-{
-    uint8_t *p = frame;
-    *p++ = 0x96;
-    *p++ = TAG_WRITE;
-    p = put_uint(p, space);
-    p = put_uint(p, offset);
-    p = put_uint(p, size);
-    p = put_uint(p, data);
-    *p++ = posted ? 0xc3 : 0xc2;
+    *p++ = is_write ? 0x96 : 0x94;
+    *p++ = r->tag;
+    p = put_uint(p, r->space);
+    p = put_uint(p, r->offset);
+    p = put_uint(p, r->size);
+    if (is_write) {
+        p = put_uint(p, r->data);
+        *p++ = r->posted ? 0xc3 : 0xc2;
+    }
     return (size_t)(p - frame);
 }
 
@@ -191,6 +180,10 @@ static uint32_t device_die(struct device *d, uint32_t gone)
         return before;
     /* Wakes whoever waits for its reply; what it may still send is never read. */
     shutdown(d->fd, SHUT_RDWR);
+    if (d->mailbox) {
+        atomic_fetch_xor(&d->mailbox->done, 1u << 31); /* for who is about to sleep */
+        syscall(SYS_futex, &d->mailbox->done, FUTEX_WAKE, 1, NULL, NULL, 0);
+    }
     return gone;
 }
 
@@ -232,56 +225,121 @@ static uint32_t device_receive(struct device *d, uint64_t tag, uint64_t *value, 
     return CAUSE_NONE;
 }
 
-/* The device for one transaction, until device_release; the wait counts towards the deadline. */
-static uint32_t device_acquire(struct device *d, uint64_t *start_ns, uint64_t *deadline_ns)
+/* What the access channel says beside a mailbox: nothing, until the device is gone. */
+static uint32_t device_listen(struct device *d)
 {
-    *start_ns = now_ns();
-    *deadline_ns = *start_ns + d->deadline_ns;
-    struct timespec until = {(time_t)(*deadline_ns / NS_PER_S), (long)(*deadline_ns % NS_PER_S)};
+    uint8_t byte;
+    ssize_t length = recv(d->fd, &byte, sizeof byte, MSG_PEEK | MSG_DONTWAIT);
+    if (length < 0 && (errno == EAGAIN || errno == EINTR))
+        return CAUSE_NONE;
+    return device_die(d, length > 0    ? GONE(CAUSE_BAD_REPLY, 0)
+                         : length == 0 ? GONE(CAUSE_EOF, 0)
+                                       : GONE(CAUSE_RECEIVE_FAILED, errno));
+}
+
+/* Waits until the device is done with request number `wanted`, one of the last MAILBOX_RING. */
+static uint32_t mailbox_await(struct device *d, uint32_t wanted, uint64_t deadline_ns)
+{
+    struct mailbox *m = d->mailbox;
+    /* On the same CPU the device could not go on as long as we spin. */
+    bool spins = atomic_load(&m->device_cpu) != (uint32_t)sched_getcpu(), asked = false;
+    uint64_t spin_until_ns = spins ? now_ns() + MAILBOX_SPIN_NS : 0;
+    for (;;) {
+        uint32_t done = atomic_load(&m->done), gone = atomic_load(&d->gone);
+        if (gone)
+            return gone;
+        if (d->posted - done > MAILBOX_RING)
+            return device_die(d, GONE(CAUSE_BAD_REPLY, 0));
+        if ((int32_t)(done - wanted) >= 0)
+            return CAUSE_NONE;
+        uint64_t now = now_ns();
+        if (now >= deadline_ns)
+            return device_die(d, GONE(CAUSE_TIMEOUT, 0));
+        if (now < spin_until_ns) {
+            __builtin_ia32_pause();
+        } else if (!asked) {
+            atomic_store(&m->wanted, wanted);
+            asked = true;
+        } else {
+            /* As with a socket: the access channel and the deadline are looked at now and then. */
+            uint64_t tick_ns = d->deadline_ns / 8 < deadline_ns - now ? d->deadline_ns / 8 : deadline_ns - now;
+            struct timespec tick = {(time_t)(tick_ns / NS_PER_S), (long)(tick_ns % NS_PER_S)};
+            if (syscall(SYS_futex, &m->done, FUTEX_WAIT, done, &tick, NULL, 0) && errno == ETIMEDOUT &&
+                (gone = device_listen(d)))
+                return gone;
+        }
+    }
+}
+
+static uint32_t mailbox_transact(struct device *d, const struct mailbox_request *r, uint64_t *value,
+                                 uint64_t deadline_ns)
+{
+    struct mailbox *m = d->mailbox;
+    if (d->posted - atomic_load(&m->done) >= MAILBOX_RING) {
+        uint32_t gone = mailbox_await(d, d->posted - MAILBOX_RING / 2, deadline_ns);
+        if (gone)
+            return gone;
+    }
+    m->ring[d->posted % MAILBOX_RING] = *r;
+    atomic_store_explicit(&m->vcpu_cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
+    atomic_store(&m->posted, ++d->posted);
+    if (atomic_load(&m->asleep)) {
+        atomic_store(&m->asleep, 0);
+        if (write(d->bell, &(uint64_t){1}, sizeof(uint64_t)) < 0 && errno != EAGAIN) /* EAGAIN: it rings already */
+            return device_die(d, GONE(CAUSE_SEND_FAILED, errno));
+    }
+    if (r->posted)
+        return CAUSE_NONE;
+    uint32_t gone = mailbox_await(d, d->posted, deadline_ns);
+    if (!gone && r->tag == TAG_READ)
+        *value = atomic_load(&m->value);
+    return gone;
+}
+
+static uint32_t socket_transact(struct device *d, const struct mailbox_request *r, uint64_t *value,
+                                uint64_t deadline_ns)
+{
+    uint8_t frame[FRAME_MAX];
+    bool is_read = r->tag == TAG_READ;
+    uint32_t gone = device_send(d, frame, pack_request(frame, r), deadline_ns);
+    if (gone || r->posted)
+        return gone;
+    return device_receive(d, is_read ? TAG_VALUE : TAG_DONE, is_read ? value : NULL, deadline_ns);
+}
+
+/* One transaction; waiting for the others' counts towards the deadline.  `value` is what a read gives. */
+static uint32_t device_access(struct device *d, struct mailbox_request *r, uint64_t *value)
+{
+    r->at_ns = now_ns();
+    uint64_t deadline_ns = r->at_ns + d->deadline_ns;
+    struct timespec until = {(time_t)(deadline_ns / NS_PER_S), (long)(deadline_ns % NS_PER_S)};
     if (pthread_mutex_clocklock(&d->lock, CLOCK_MONOTONIC, &until))
         return device_die(d, GONE(CAUSE_TIMEOUT, 0));
     uint32_t gone = atomic_load(&d->gone);
-    if (gone)
-        pthread_mutex_unlock(&d->lock);
-    return gone;
-}
-
-static void device_release(struct device *d, uint64_t start_ns, _Atomic uint64_t *count)
-{
-    atomic_fetch_add_explicit(count, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&d->wait_ns, now_ns() - start_ns, memory_order_relaxed);
+    if (!gone) {
+        gone = d->mailbox ? mailbox_transact(d, r, value, deadline_ns)
+                          : socket_transact(d, r, value, deadline_ns);
+        if (!gone && r->tag == TAG_READ && *value > all_ones(r->size))
+            gone = device_die(d, GONE(CAUSE_BAD_REPLY, 0));
+        atomic_fetch_add_explicit(r->tag == TAG_READ ? &d->reads : &d->writes, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&d->wait_ns, now_ns() - r->at_ns, memory_order_relaxed);
+    }
     pthread_mutex_unlock(&d->lock);
+    return gone;
 }
 
-static uint32_t device_read(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t *data)
+static uint32_t device_read(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t *value)
 {
-    uint64_t start_ns, deadline_ns;
-    uint8_t frame[FRAME_MAX];
-    uint32_t gone = device_acquire(d, &start_ns, &deadline_ns);
-    if (gone)
-        return gone;
-    gone = device_send(d, frame, pack_read(frame, space, offset, size), deadline_ns);
-    if (!gone)
-        gone = device_receive(d, TAG_VALUE, data, deadline_ns);
-    if (!gone && *data > all_ones(size))
-        gone = device_die(d, GONE(CAUSE_BAD_REPLY, 0));
-    device_release(d, start_ns, &d->reads);
-    return gone;
+    struct mailbox_request r = {.tag = TAG_READ, .space = space, .offset = offset, .size = (uint8_t)size};
+    return device_access(d, &r, value);
 }
 
 static uint32_t device_write(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t data,
                              bool posted)
 {
-    uint64_t start_ns, deadline_ns;
-    uint8_t frame[FRAME_MAX];
-    uint32_t gone = device_acquire(d, &start_ns, &deadline_ns);
-    if (gone)
-        return gone;
-    gone = device_send(d, frame, pack_write(frame, space, offset, size, data, posted), deadline_ns);
-    if (!gone && !posted)
-        gone = device_receive(d, TAG_DONE, NULL, deadline_ns);
-    device_release(d, start_ns, &d->writes);
-    return gone;
+    struct mailbox_request r = {.tag = TAG_WRITE, .space = space, .offset = offset, .size = (uint8_t)size,
+                                .data = data, .posted = posted};
+    return device_access(d, &r, NULL);
 }
 
 /* ---- look-up ---- */
@@ -630,11 +688,20 @@ struct core *core_new(uint32_t deadline_ms)
     return core;
 }
 
+static void device_close(struct device *d)
+{
+    close(d->fd);
+    if (d->mailbox) {
+        munmap(d->mailbox, MAILBOX_SIZE);
+        close(d->bell);
+    }
+}
+
 /* No vCPU and no access may be under way. */
 void core_free(struct core *core)
 {
     for (uint32_t i = 0; i < core->n_devices; i++) {
-        close(core->devices[i].fd);
+        device_close(&core->devices[i]);
         pthread_mutex_destroy(&core->devices[i].lock);
     }
     free(core->tables[0]);
@@ -669,24 +736,44 @@ static int access_channel(struct core *core, int fd)
     return own;
 }
 
-/* The new device's index, or -1 with errno.  `fd` stays the caller's; `patience_ms` is on top of the deadline. */
-int core_add_device(struct core *core, int fd, uint32_t patience_ms)
+/* Opens `d`'s mailbox in the memfd `page`; 0 or -1 with errno. */
+static int device_open_mailbox(struct device *d, int page, int bell)
 {
-    int own = access_channel(core, fd);
-    if (own < 0)
+    struct mailbox *mailbox = mmap(NULL, MAILBOX_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, page, 0);
+    if (mailbox == MAP_FAILED)
         return -1;
+    d->bell = fcntl(bell, F_DUPFD_CLOEXEC, 3);
+    if (d->bell < 0) {
+        munmap(mailbox, MAILBOX_SIZE);
+        return -1;
+    }
+    d->mailbox = mailbox;
+    return 0;
+}
+
+/* The new device's index, or -1 with errno.  The descriptors stay the caller's; `patience_ms` is on top of the
+ * deadline; without a mailbox, `page` < 0. */
+int core_add_device(struct core *core, int fd, uint32_t patience_ms, int page, int bell)
+{
+    struct device new = {.fd = access_channel(core, fd),
+                         .deadline_ns = core->deadline_ns + patience_ms * NS_PER_MS};
+    if (new.fd < 0)
+        return -1;
+    if (page >= 0 && device_open_mailbox(&new, page, bell)) {
+        close(new.fd);
+        return -1;
+    }
     pthread_mutex_lock(&core->add_lock);
     uint32_t index = core->n_devices;
     if (index < CORE_DEVICES_MAX) {
-        core->devices[index].fd = own;
-        core->devices[index].deadline_ns = core->deadline_ns + patience_ms * NS_PER_MS;
+        core->devices[index] = new;
         pthread_mutex_init(&core->devices[index].lock, NULL);
         atomic_store(&core->n_devices, index + 1);
     }
     pthread_mutex_unlock(&core->add_lock);
     if (index < CORE_DEVICES_MAX)
         return (int)index;
-    close(own);
+    device_close(&new);
     errno = ENOSPC;
     return -1;
 }

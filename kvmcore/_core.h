@@ -73,7 +73,7 @@ struct core_vcpu;
 
 struct core *core_new(uint32_t deadline_ms);
 void core_free(struct core *core);
-int core_add_device(struct core *core, int fd, uint32_t patience_ms);
+int core_add_device(struct core *core, int fd, uint32_t patience_ms, int page, int bell);
 int core_mark_dead(struct core *core, uint32_t index);
 int core_set_routes(struct core *core, const struct core_route *pio, uint32_t n_pio,
                     const struct core_route *mmio, uint32_t n_mmio);

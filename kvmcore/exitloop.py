@@ -1,8 +1,8 @@
 """The exit loop as the supervisor sees it: routes in, exits that only Python can answer out.
 
 Everything happens in `_core.c`, with the GIL released: KVM_RUN, the look-up of an address, and the
-transaction with the device process that owns it (frames of devproc/wire.py on a SOCK_SEQPACKET socket).
-Left out: what issues of the fast path add behind the same interface (mailboxes, shadow registers).
+transaction with the device process that owns it (messages of devproc/wire.py, as frames on a SOCK_SEQPACKET
+socket or through a mailbox).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Final, NamedTuple, Self
 
 from kvmcore._core import ffi, lib
 from kvmcore.errors import KvmError
+from kvmcore.mailbox import Mailbox
 
 DEADLINE_MS: Final = 2000
 
@@ -115,15 +116,17 @@ class Core:
             raise MemoryError("exit loop")
         self._core = ffi.gc(core, lib.core_free)
 
-    def add_device(self, access_fd: int, patience_ms: int = 0) -> int:
+    def add_device(self, access_fd: int, patience_ms: int = 0, mailbox: Mailbox | None = None) -> int:
         """The index of a new device behind `access_fd`, which is duplicated (and made blocking).
 
         `patience_ms`: how much longer than the deadline it may hold up an access.
+        With a `mailbox`, duplicated too, accesses go through that; the channel says that the device is gone.
 
         Raises:
             OSError: it is not a SOCK_SEQPACKET socket, or there are CORE_DEVICES_MAX devices.
         """
-        index: int = lib.core_add_device(self._core, access_fd, patience_ms)
+        page, bell = mailbox.fds if mailbox is not None else (-1, -1)
+        index: int = lib.core_add_device(self._core, access_fd, patience_ms, page, bell)
         if index < 0:
             raise OSError(ffi.errno, f"access channel: {os.strerror(ffi.errno)}")
         return index

@@ -18,7 +18,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from devproc import jail
-from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG, Entry, shared_directory
+from devproc.catalog import (
+    CATALOG,
+    FD_ACCESS,
+    FD_BELL,
+    FD_CONTROL,
+    FD_LOG,
+    FD_MAILBOX,
+    Entry,
+    shared_directory,
+)
 from kvmcore.errors import ConfigError
 from policies.compile import compile_notify
 from policies.parse import load
@@ -380,13 +389,15 @@ def _executable(process: _Process) -> Look:
 
 def _guest_memory(process: _Process) -> Look:
     def look() -> str:
-        return _NONE if process.mappings(lambda _, path: path.startswith("/memfd:")) == _NONE else "mapped"
+        found = process.mappings(lambda _, path: path.startswith("/memfd:guest-memory"))
+        return _NONE if found == _NONE else "mapped"
 
     return look
 
 
 def _declared(entry: Entry) -> str:
     kinds = {0: "null", 1: "null", FD_LOG: "pipe", FD_ACCESS: "socket", FD_CONTROL: "socket"}
+    kinds |= {FD_MAILBOX: "mailbox", FD_BELL: "eventfd"}
     for d, numbers in entry.own_slots():
         if d.kind != "line":
             kinds |= dict.fromkeys(numbers, _SHOWN.get(d.kind, "stream"))
@@ -414,6 +425,8 @@ def _kind(process: _Process, fd: str) -> str:
         return "null"
     if target.startswith("/memfd:guest-memory"):
         return "memory"
+    if target.startswith("/memfd:mailbox"):
+        return "mailbox"
     if not target.startswith("/"):
         return target.removeprefix("anon_inode:").strip("[]").partition(":")[0]
     mode = os.stat(f"/proc/{process.pid}/fd/{fd}").st_mode

@@ -131,6 +131,11 @@ def _arguments() -> argparse.ArgumentParser:
         metavar="S",
         help=f"a device that takes longer to answer is dead [{config.DEVICE_TIMEOUT_S:g}]",
     )
+    add(
+        "--transport",
+        choices=config.TRANSPORTS,
+        help="how accesses reach a device: a page shared with it, or a message each [mailbox]",
+    )
     add("--config", metavar="FILE", help="a TOML file with the same keys; the command line wins")
     add("-v", "--verbose", action="store_true", default=None, help="say what happens at each step")
 

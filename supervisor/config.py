@@ -16,6 +16,7 @@ CPUS_MAX = 32
 MEM_MIB_MIN, MEM_MIB_MAX = 16, 1 << 20
 JAILS = ("full", "best-effort", "none")
 IRQCHIPS = ("kernel", "split")
+TRANSPORTS = ("mailbox", "socket")
 SERIAL_TYPES = ("stdio", "file", "socket", "pty", "sink")
 SERIAL_HARDWARE = ("serial", "virtio-console")
 SERIAL_PORTS = 4  # of either hardware
@@ -284,6 +285,7 @@ class RunConfig:
     jail: str = "full"
     on_device_death: str = "stop"
     device_timeout: float = DEVICE_TIMEOUT_S
+    transport: str = "mailbox"
     verbose: bool = False
     log_format: str = "text"
     jail_report: str | None = None
@@ -397,6 +399,7 @@ _SCALARS = (
     Key("socket"),
     Key("jail", choices=JAILS),
     Key("on-device-death", choices=("stop",)),
+    Key("transport", choices=TRANSPORTS),
     Key("verbose", bool),
     Key("log-format", choices=LOG_FORMATS),
     Key("jail-report"),

@@ -19,6 +19,7 @@ from devproc.wire import PeerError
 from kvmcore import probe
 from kvmcore.errors import KvmError, VmsupError
 from kvmcore.kvm import Kvm
+from kvmcore.mailbox import Mailbox
 from supervisor.procstatus import ProcStatus
 from supervisor.spawn import host_id
 
@@ -172,7 +173,7 @@ def _try_jail(tell: Callable[[str], None]) -> None:
         pid = zygote.start(mode=jail.Mode.BEST_EFFORT).spawn(
             _DEVICE,
             "doctor",
-            [log, its_access.fileno(), its_control.fileno()],
+            [log, its_access.fileno(), its_control.fileno(), *Mailbox.create().fds],
             host_id=own_id,
             mode=jail.Mode.BEST_EFFORT,
         )

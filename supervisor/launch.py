@@ -145,6 +145,7 @@ class _Launch:
                 opened,
                 self._say_of,
                 recordings.extra if recordings else None,
+                config.transport,
             )
             proxies = self._spawn(spawner, instances, mode, recorder)
         with step("build the buses"):

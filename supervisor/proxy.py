@@ -18,6 +18,7 @@ from devproc import jail, violations, wire, zygote
 from devproc.channel import ChannelClosed
 from devproc.wire import PeerError, Space
 from kvmcore.exitloop import Core, DeviceGone
+from kvmcore.mailbox import Mailbox
 from supervisor.machine import Instance
 from supervisor.reaper import DeviceDied, Refused
 
@@ -41,6 +42,7 @@ class Proxy:
 
     Args:
         say: takes (name, line) for every line the device logs.
+        mailbox: where accesses go; None: over the access channel.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Proxy:
         log: int,
         timeout_s: float,
         say: Callable[[str, str], None],
+        mailbox: Mailbox | None = None,
     ) -> None:
         self.instance = instance
         self.name = instance.name
@@ -72,7 +75,7 @@ class Proxy:
         self._log_rest = b""
         self._token = 0
         self._asked_at_s = 0.0
-        self.index = core.add_device(access.fileno(), instance.entry.patience_s * 1000)
+        self.index = core.add_device(access.fileno(), instance.entry.patience_s * 1000, mailbox)
         os.set_blocking(log, False)
 
     def await_ready(self, mode: jail.Mode, watch: Callable[[int], None] | None = None) -> None:

@@ -26,6 +26,7 @@ from devproc.escapes import Attempt, attempts
 from devproc.violations import read_violation
 from kvmcore import probe
 from kvmcore.errors import VmsupError
+from kvmcore.mailbox import Mailbox
 from kvmcore.memory import GuestMemory
 from policies.compile import compile_notify
 from policies.parse import load
@@ -245,7 +246,8 @@ class _Cell:
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         null, event = os.open(os.devnull, os.O_RDWR), os.eventfd(0, os.EFD_NONBLOCK)
-        fds = [null, its_access.fileno(), its_control.fileno()]
+        mailbox = Mailbox.create()
+        fds = [null, its_access.fileno(), its_control.fileno(), *mailbox.fds]
         given = {"signal": event, "kick": event, "memory": memory, "directory": shared}
         for d, numbers in entry.own_slots():
             fds += [given.get(d.kind, null)] * len(numbers)
@@ -258,6 +260,7 @@ class _Cell:
         finally:
             os.close(null)
             os.close(event)
+            mailbox.close()
             its_access.close()
             its_control.close()
         for sock in (access, control):

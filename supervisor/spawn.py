@@ -13,6 +13,7 @@ from devproc.wire import Scalar
 from devproc.zygote import SpawnError, Zygote
 from kvmcore.errors import VmsupError
 from kvmcore.exitloop import Core
+from kvmcore.mailbox import Mailbox
 from policies.compile import compile_notify
 from policies.parse import load
 from supervisor.host import Opened
@@ -42,6 +43,7 @@ class Spawner:
         memory: the memfd of the guest's memory.
         opened: by instance name, what its opener has given.
         extra: by instance name, kind and parameters, a descriptor that the zygote's program wants besides.
+        transport: "mailbox" or "socket": how accesses reach the devices, which serve both.
 
     Attributes:
         eventfds: by instance name, then by descriptor name, those that the instance alone has: its
@@ -57,6 +59,7 @@ class Spawner:
     opened: Mapping[str, Opened]
     say: Callable[[str, str], None]
     extra: Callable[[str, Entry, tuple[Scalar, ...]], int] | None = None
+    transport: str = "mailbox"
     eventfds: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     _count: int = 0
 
@@ -70,7 +73,8 @@ class Spawner:
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         log, its_log = os.pipe()
-        fds = [its_log, its_access.fileno(), its_control.fileno()]
+        mailbox = Mailbox.create()
+        fds = [its_log, its_access.fileno(), its_control.fileno(), *mailbox.fds]
         opened = self.opened.get(instance.name, _NOTHING)
         for d in instance.entry.descriptors:
             fds += self._descriptors(instance.name, d, opened)
@@ -89,6 +93,7 @@ class Spawner:
             access.close()
             control.close()
             os.close(log)
+            mailbox.close()
             # A policy that cannot be used is for its author to mend: PolicyError says where.
             compile_notify(load(instance.entry.name, instance.entry.slots()), jail.SETUP_CALLS)
             raise VmsupError(str(e)) from None
@@ -98,7 +103,11 @@ class Spawner:
             its_access.close()
             its_control.close()
         self._count += 1
-        return Proxy(instance, pid, self.core, access, control, log, self.timeout_s, self.say)
+        through = mailbox if self.transport == "mailbox" else None
+        try:
+            return Proxy(instance, pid, self.core, access, control, log, self.timeout_s, self.say, through)
+        finally:
+            mailbox.close()
 
     def close(self) -> None:
         """Give back the eventfds."""

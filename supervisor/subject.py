@@ -17,6 +17,7 @@ from devproc.channel import Channel, ChannelClosed
 from devproc.fuzz import page
 from devproc.wire import ACCESS_TABLE, PeerError, Sender
 from kvmcore.errors import VmsupError
+from kvmcore.mailbox import Mailbox
 from policies.syscalls import NAMES
 from supervisor.reaper import cause
 from supervisor.spawn import host_id
@@ -95,8 +96,9 @@ class Subject:
             undo.callback(sock.close)
         self._log, its_log = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         undo.callback(os.close, self._log)
-        fds = [its_log, its_access.fileno(), its_control.fileno()]
-        theirs = [its_log]
+        mailbox = Mailbox.create()
+        theirs = [its_log, *mailbox.fds]
+        fds = [its_log, its_access.fileno(), its_control.fileno(), *mailbox.fds]
         given = entry.check_params(params)
         memory = sum(int(given[p.name]) for p in MEMORY_PARAMS if p.name in given)
         for d, numbers in entry.own_slots():

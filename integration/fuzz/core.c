@@ -2,8 +2,9 @@
  * guest and the supervisor do, in order.
  *
  * The device's half is a real socketpair; its frames are queued before they are waited for, which a hostile
- * device may do just as well, so that one thread is enough and an input always takes the same way.  Time,
- * KVM_RUN and the failures of send and recv come from the input.  Besides what the sanitizers see: nothing
+ * device may do just as well, so that one thread is enough and an input always takes the same way.  What it does
+ * to its mailbox it does while it is waited for, too.  Time, KVM_RUN and the failures of send and recv come from
+ * the input.  Besides what the sanitizers see: nothing
  * outside the data of the access is written in the run page; a look-up gives what a search through all routes
  * gives; a value fits the size that was asked for; a dead device keeps its first cause.
  *
@@ -20,7 +21,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -29,11 +32,13 @@ static ssize_t fuzz_recv(int fd, void *buffer, size_t size, int flags);
 static ssize_t fuzz_send(int fd, const void *buffer, size_t size, int flags);
 static int fuzz_ioctl(int fd, unsigned long request, int zero);
 static int fuzz_clock(clockid_t clock, struct timespec *t);
+static long fuzz_futex(long nr, const void *word, int op, uint32_t value, const struct timespec *tick);
 
 #define recv fuzz_recv
 #define send fuzz_send
 #define ioctl fuzz_ioctl
 #define clock_gettime fuzz_clock
+#define syscall(nr, word, op, value, tick, ...) fuzz_futex(nr, word, op, value, tick)
 #include "../../kvmcore/_core.c"
 #undef recv
 #undef send
@@ -55,6 +60,7 @@ static struct kvm_run *run;
 static uint8_t run_before[RUN_SIZE];
 static size_t data_start, data_end; /* what the access at hand may change of the run page */
 static int peers[DEVICES];
+static struct mailbox *pages[DEVICES]; /* NULL: it has no mailbox */
 static uint32_t gone[DEVICES];
 static uint32_t n_devices;
 
@@ -114,6 +120,44 @@ static ssize_t ticked(ssize_t result)
     if (result < 0 && errno == EAGAIN)
         time_ns += DEADLINE_MS * NS_PER_MS / 8;
     return result;
+}
+
+/* What a device does to the page when it feels like it. */
+static void scribble(struct mailbox *m)
+{
+    uint8_t how = u8();
+    switch (how & 7) {
+    case 0: break;
+    case 1: case 2: /* as one that means well */
+        atomic_store(&m->value, bits(1 << (how >> 6)));
+        atomic_store(&m->done, atomic_load(&m->posted));
+        break;
+    case 3: atomic_store(&m->done, atomic_load(&m->done) + 1); break;
+    case 4: atomic_store(&m->done, (uint32_t)number()); break;
+    case 5: atomic_store(&m->asleep, u8()); break;
+    case 6: atomic_store(&m->device_cpu, u8()); break;
+    case 7: ((uint8_t *)m)[bits(2) % MAILBOX_SIZE] = u8(); break;
+    }
+}
+
+static long fuzz_futex(long nr, const void *word, int op, uint32_t value, const struct timespec *tick)
+{
+    REQUIRE(nr == SYS_futex && (op == FUTEX_WAIT || op == FUTEX_WAKE));
+    if (op == FUTEX_WAKE)
+        return 0;
+    REQUIRE(tick->tv_sec == 0 && tick->tv_nsec > 0 && tick->tv_nsec <= (long)(DEADLINE_MS * NS_PER_MS / 8));
+    for (uint32_t i = 0; i < n_devices; i++)
+        if (pages[i] && word == &core->devices[i].mailbox->done)
+            scribble(pages[i]);
+    if (fails())
+        return -1;
+    if (atomic_load((const _Atomic uint32_t *)word) != value) {
+        errno = EAGAIN;
+    } else {
+        time_ns += (uint64_t)tick->tv_nsec;
+        errno = ETIMEDOUT;
+    }
+    return -1;
 }
 
 static ssize_t fuzz_recv(int fd, void *buffer, size_t size, int flags)
@@ -209,15 +253,33 @@ static void check_exit(int why)
 
 /* ---- the supervisor and the devices ---- */
 
-static void add_device(void)
+static void add_device(bool has_mailbox)
 {
-    int pair[2];
+    int pair[2], page = -1, bell = -1;
     if (n_devices == DEVICES)
         return;
     REQUIRE(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
-    REQUIRE(core_add_device(core, pair[0], 0) == (int)n_devices);
+    pages[n_devices] = NULL;
+    if (has_mailbox) {
+        REQUIRE((page = memfd_create("mailbox", MFD_CLOEXEC)) >= 0 && !ftruncate(page, MAILBOX_SIZE));
+        REQUIRE((bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) >= 0);
+        pages[n_devices] = mmap(NULL, MAILBOX_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, page, 0);
+        REQUIRE(pages[n_devices] != MAP_FAILED);
+    }
+    REQUIRE(core_add_device(core, pair[0], 0, page, bell) == (int)n_devices);
     close(pair[0]);
+    if (has_mailbox) {
+        close(page);
+        close(bell);
+    }
     peers[n_devices++] = pair[1];
+}
+
+static void peer_scribbles(void)
+{
+    uint8_t n = u8();
+    if (n_devices && pages[n % n_devices])
+        scribble(pages[n % n_devices]);
 }
 
 static int peer(void)
@@ -320,7 +382,7 @@ static void usual_machine(void)
         {.start = 0xe7fff000, .size = 0x1000, .kind = ROUTE_CHECKED, .space = 3},
         {.start = 0xe8000000, .size = 0x1000, .kind = ROUTE_DEVICE, .space = 3},
     };
-    add_device();
+    add_device(u8() & 1);
     REQUIRE(core_set_routes(core, pio, 3, mmio, 3) == ROUTES_SET);
     REQUIRE(!core_set_pci_function(core, 0, 0));
 }
@@ -379,8 +441,8 @@ static void step(void)
 {
     struct core_device_counters counters;
     uint64_t floats[2];
-    switch (u8() % 19) {
-    case 0: add_device(); break;
+    switch (u8() % 21) {
+    case 0: add_device(false); break;
     case 1: peer_sends(); break;
     case 2: peer_answers(); break;
     case 3: peer_reads(); break;
@@ -410,6 +472,8 @@ static void step(void)
     case 16: look_up(); break;
     case 17: read_frame(); break;
     case 18: usual_machine(); break;
+    case 19: add_device(true); break;
+    case 20: peer_scribbles(); break;
     }
 }
 
@@ -430,8 +494,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         step();
     core_vcpu_free(vcpu);
     core_free(core);
-    while (n_devices)
+    while (n_devices) {
         close(peers[--n_devices]);
+        if (pages[n_devices])
+            munmap(pages[n_devices], MAILBOX_SIZE);
+    }
     free(run);
     return 0;
 }

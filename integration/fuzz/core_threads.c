@@ -106,7 +106,7 @@ int main(void)
     for (uint32_t round = 0; round < ROUNDS; round++) {
         int pair[2];
         REQUIRE(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
-        REQUIRE(core_add_device(core, pair[0], 0) == (int)round);
+        REQUIRE(core_add_device(core, pair[0], 0, -1, -1) == (int)round);
         close(pair[0]);
         atomic_store(&peers[round], pair[1] + 1);
         struct core_route pio[] = {{.start = PORT, .size = 1, .kind = ROUTE_DEVICE, .index = round},

@@ -53,7 +53,9 @@ class Attacked:
 
     def __init__(self, name: str, elf: Elf, *options: str, guest: str | None = None) -> None:
         attack = ATTACKS[name]
+        # Attacks on the access channel; those on the mailbox are in tests/kvmcore/test_mailbox.py.
         words = ["-m", "integration.hostile.attacker", name, "run", "--device-timeout", TIMEOUT_S]
+        words += ["--transport", "socket"]
         self.process = subprocess.Popen(
             [sys.executable, *words, *attack.options, *options, elf(guest or attack.guest)],
             stdin=subprocess.PIPE,

@@ -31,6 +31,7 @@ from devproc.devices import virtio_vsock as vsock  # noqa: E402
 from devproc.devices.virtio_vsock import Op  # noqa: E402
 from devproc.driver import PciDriver  # noqa: E402
 from devproc.violations import read_violation  # noqa: E402
+from kvmcore.mailbox import Mailbox  # noqa: E402
 from kvmcore.memory import GuestMemory  # noqa: E402
 from policies.compile import compile_notify  # noqa: E402
 from policies.parse import load  # noqa: E402
@@ -130,12 +131,13 @@ class StandIn:
                 theirs, ours = self._pair(d.kind, (images or {}).get(d.name))
                 given.append(theirs)
                 kept.setdefault(d.name, []).append(ours)
-        fds = [log, access.fileno(), control.fileno(), *given]
+        mailbox = Mailbox.create()
+        fds = [log, access.fileno(), control.fileno(), *mailbox.fds, *given]
         fds = fds[: len(fds) - withhold]
         pid = self.zygote.spawn(
             ask_for or device, name, fds, host_id=host_id, mode=jail.Mode(mode), params=params
         )
-        for fd in (log, *given):
+        for fd in (log, *mailbox.fds, *given):
             os.close(fd)
         access.close()
         control.close()

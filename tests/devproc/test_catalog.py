@@ -23,14 +23,14 @@ ENTRY = Entry(
 
 def test_an_array_takes_successive_numbers_and_is_named_by_its_ends() -> None:
     assert {d.name: list(fds) for d, fds in ENTRY.own_slots()} == {
-        "irq": [5, 6, 7],
-        "input": [8],
-        "kick": [9],
+        "irq": [7, 8, 9],
+        "input": [10],
+        "kick": [11],
     }
-    assert ENTRY.held == 10
+    assert ENTRY.held == 12
     assert ENTRY.slots() == {
-        "FD_LOG": 2, "FD_ACCESS": 3, "FD_CONTROL": 4,
-        "FD_IRQ_FIRST": 5, "FD_IRQ_LAST": 7, "FD_INPUT": 8, "FD_KICK_FIRST": 9, "FD_KICK_LAST": 9,
+        "FD_LOG": 2, "FD_ACCESS": 3, "FD_CONTROL": 4, "FD_MAILBOX": 5, "FD_BELL": 6,
+        "FD_IRQ_FIRST": 7, "FD_IRQ_LAST": 9, "FD_INPUT": 10, "FD_KICK_FIRST": 11, "FD_KICK_LAST": 11,
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from devproc.catalog import Descriptor, Entry, Param, Region
 from devproc.channel import Channel, ChannelClosed
 from devproc.ports import HostError
 from devproc.wire import PeerError, Sender, Space
+from kvmcore.mailbox import Mailbox
 
 ENTRY = Entry(
     "scribe",
@@ -135,11 +136,14 @@ class Host:
         self.irq = os.eventfd(0, os.EFD_NONBLOCK)
         self.bells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
         # the entry's descriptors have successive numbers
-        first = 200
+        first = 900
         own = (self.irq, self.input_read, self.output_write, *self.bells)
         for slot, fd in enumerate(own, first):
             os.dup2(fd, slot)
-        self.server = child.Server(ENTRY, Scribe, {"gain": 5}, access, control, first)
+        self.mailbox = Mailbox.create()
+        self.server = child.Server(
+            ENTRY, Scribe, {"gain": 5}, access, control, first=first, mailbox=self.mailbox.fds
+        )
         self.model: Scribe = self.server.device  # type: ignore[assignment]
         self.slots = range(first, first + len(own))
         self.ended: BaseException | None = None
@@ -183,7 +187,7 @@ class Host:
         self.control.close()
         self.thread.join(5)
         mine = (self.irq, self.input_read, self.input, self.output, self.output_write, *self.bells)
-        for fd in (*mine, *self.slots):
+        for fd in (*mine, *self.slots, *self.mailbox.fds):
             with contextlib.suppress(OSError):  # the test may have closed it
                 os.close(fd)
 

@@ -17,6 +17,7 @@ from devproc.devices.pci_host import PciHost
 from devproc.jail import Mode
 from devproc.wire import PeerError, Sender
 from devproc.zygote import SpawnError, Zygote, await_ready, control_channel, start
+from kvmcore.mailbox import Mailbox
 from policies.compile import SETUP_MARK, compile_notify
 from policies.parse import parse
 
@@ -43,7 +44,7 @@ class Ends:
         sock.settimeout(10)
         self.access.settimeout(10)
         self.control = control_channel(sock)
-        self.theirs = [log, access.detach(), control.detach()]
+        self.theirs = [log, access.detach(), control.detach(), *Mailbox.create().fds]
 
     def close(self) -> None:
         self.access.close()
@@ -81,7 +82,7 @@ def test_a_device_holds_what_it_was_given_and_nothing_else(nursery: Zygote, ends
     pid = spawn(nursery, ends)
     await_ready(ends.control, "pci-host", Mode.NONE)
     held = {int(fd): os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
-    assert sorted(held) == [0, 1, 2, 3, 4]
+    assert sorted(held) == [0, 1, 2, 3, 4, 5, 6]
     assert held[0] == held[1] == "/dev/null"
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

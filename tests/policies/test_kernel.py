@@ -21,7 +21,7 @@ CLOSE = (SYSCALLS["close"], (1 << 20,))  # beyond every slot
 @pytest.mark.parametrize("device", sorted(CATALOG))
 def test_the_kernel_enforces_every_shipped_policy(device: str) -> None:
     program = compile_single(load(device, CATALOG[device].slots()))
-    calls = [(SYSCALLS[name], ()) for name in ("brk", "exit_group", "openat", "getppid", "pselect6")]
+    calls = [(SYSCALLS[name], ()) for name in ("brk", "exit_group", "openat", "getppid", "ppoll")]
     enoent = bpf.ERRNO | 2
     assert verdicts([program], [*calls, CLOSE]) == [bpf.ALLOW, bpf.ALLOW, enoent, KILL, bpf.ALLOW, KILL]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from devproc.catalog import CATALOG, FD_LOG
+from devproc.catalog import CATALOG, FD_BELL, FD_LOG
 from policies import bpf, commands
 from policies.compile import compile_single
 from policies.lint import MORE_SYSCALLS, NEVER, OURS, SYSCALLS_MAX
@@ -85,7 +85,7 @@ def test_a_device_writes_only_to_descriptors_that_are_written(device: str) -> No
     program = compile_single(load(device, entry.slots()))
     kinds = {fd: d.kind for d, fds in entry.own_slots() for fd in fds}
     written = {FD_LOG, *(fd for fd, kind in kinds.items() if kind in ("signal", "output", "exchange"))}
-    read = {fd for fd, kind in kinds.items() if kind in ("input", "kick")}
+    read = {FD_BELL, *(fd for fd, kind in kinds.items() if kind in ("input", "kick"))}
     for fd in range(entry.held + 1):
         assert (simulate(program, SYSCALLS["write"], [fd]) == bpf.ALLOW) is (fd in written)
         assert (simulate(program, SYSCALLS["read"], [fd]) == bpf.ALLOW) is (fd in read)

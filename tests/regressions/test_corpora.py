@@ -67,3 +67,10 @@ def test_the_exit_loop_holds_under_threads(tmp_path: Path) -> None:
     done = subprocess.run(["setarch", "-R", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 100
+
+
+def test_no_read_overtakes_a_posted_write(tmp_path: Path) -> None:
+    program = built("core_litmus.c", "address,undefined", tmp_path)
+    done = subprocess.run([program, "20000"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[2]) >= 20_000

@@ -30,7 +30,7 @@ def records(*lines: str, status: int = 0) -> list[str]:
 
 
 def test_a_run_that_needs_no_more_than_the_policy_is_well(said: list[str]) -> None:
-    text, code = policylab.learnt(SERIAL, records("serial1 1 5", "serial2 1 7", "serial1 1 5"), said.append)
+    text, code = policylab.learnt(SERIAL, records("serial1 1 7", "serial2 1 9", "serial1 1 7"), said.append)
     assert text.startswith("serial: 3 system calls of serial1, serial2 recorded\n")
     assert "  write: arg0 == FD_IRQ || arg0 == FD_OUTPUT  # seen 3\n" in text
     assert "serial.policy:7: read: arg0 == FD_INPUT" in text
