@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import mmap
 import os
 import select
 import socket
@@ -23,7 +24,7 @@ from typing import Final
 import msgpack
 
 from devproc import child, syscalls, wire
-from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG
+from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_LOG, FD_MAILBOX
 from devproc.channel import Channel
 from policies.compile import SETUP_MARK
 from supervisor import cli, proxy
@@ -36,7 +37,12 @@ DONE: Final = "that was all"
 FLOOD_OF_INTERRUPTS: Final = "a flood of interrupts"
 SERVING, ACCESSED = "serving", "accessed"
 
+# kvmcore/_mailbox.h, in words
+DONE_WORD, DEVICE_CPU, VALUE, WORDS = 16, 18, 20, 1024
+SYS_FUTEX, FUTEX_WAKE = 202, 1
+
 _libc: Final = ctypes.CDLL(None)
+_libc.mmap.restype = ctypes.c_void_p
 
 Act = Callable[[socket.socket, socket.socket], object]
 
@@ -50,6 +56,7 @@ class Attack:
         act: what it does with its (access, control) channels; afterwards it is silent for ever.
         line: what the VM ends with, after "vmsup: "; None: it goes on, and the device serves again, saying
             `DONE` at each access.
+        transport: by which the access comes.
     """
 
     when: type[wire.Message] | str
@@ -58,6 +65,7 @@ class Attack:
     victim: str = "rtc"
     guest: str = "idle"
     options: tuple[str, ...] = ()
+    transport: str = "socket"
 
 
 def _ready(fd: int, events: int, timeout_s: int) -> bool:
@@ -160,6 +168,48 @@ def close(channel: str) -> Act:
     return lambda access, control: (access if channel == "access" else control).close()
 
 
+class Page:
+    """The mailbox, as its device can write it."""
+
+    words: ctypes.Array[ctypes.c_uint32]
+
+    @classmethod
+    def map(cls) -> None:
+        """While that is allowed still, and without another descriptor, as Python's mmap would take."""
+        at = _libc.mmap(None, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, FD_MAILBOX, 0)
+        cls.words = (ctypes.c_uint32 * WORDS).from_address(at)
+
+    @classmethod
+    def wake(cls) -> None:
+        _libc.syscall(SYS_FUTEX, ctypes.byref(cls.words, 4 * DONE_WORD), FUTEX_WAKE, 1, None, None, 0)
+
+
+def answer(done: int, value: int) -> Act:
+    """Says that it is done with so many more requests than it was."""
+
+    def act(access: socket.socket, control: socket.socket) -> None:
+        Page.words[VALUE] = value
+        Page.words[DONE_WORD] += done
+        Page.wake()
+
+    return act
+
+
+def scribble(access: socket.socket, control: socket.socket) -> None:
+    """Over all of the page, for ever."""
+    garbage = [bytes([n]) * mmap.PAGESIZE for n in (0xA5, 0x5A, 0xFF, 0x99)]
+    while True:
+        for page in garbage:
+            ctypes.memmove(Page.words, page, mmap.PAGESIZE)
+
+
+def wake_for_nothing(access: socket.socket, control: socket.socket) -> None:
+    """For ever, who waits for an answer, and have him think that it comes from another CPU."""
+    while True:
+        Page.words[DEVICE_CPU] += 1
+        Page.wake()
+
+
 _exit: Act = lambda access, control: os._exit(7)  # noqa: E731
 _crash: Act = lambda access, control: ctypes.string_at(0)  # noqa: E731
 _NESTED = b"\x91" * 2000
@@ -184,6 +234,11 @@ def _reply(*frames: bytes | wire.Message, line: str = _NO_REPLY) -> Attack:
 
 def _control(*frames: bytes | wire.Message, line: str) -> Attack:
     return Attack(SERVING, on_control(*frames), line)
+
+
+def _mail(act: Act, line: str, victim: str = "rtc", guest: str = "clock") -> Attack:
+    """In an access that came through the mailbox."""
+    return Attack(ACCESSED, act, line, victim, guest, transport="mailbox")
 
 
 def _start(when: type[wire.Message], act: Act, line: str) -> Attack:
@@ -231,6 +286,21 @@ ATTACKS: Final[dict[str, Attack]] = {
     "endless work in an access": Attack(ACCESSED, in_turn(say(DONE), busy), _SLOW, guest="clock"),
     "an exit in an access": Attack(ACCESSED, _exit, "rtc: exited with status 7", guest="clock"),
     "an access channel full of frames": Attack(SERVING, until_full(b"\x92\x03\x00"), _HANGS),
+    # -- what answers an access through the mailbox
+    "silence in the mailbox": _mail(in_turn(say(DONE), silent), _SLOW),
+    "endless work in the mailbox": _mail(in_turn(say(DONE), busy), _SLOW),
+    "waking for nothing": _mail(in_turn(say(DONE), wake_for_nothing), _SLOW),
+    "scribbling": _mail(scribble, _NO_REPLY),
+    "an answer before it is asked for": _mail(answer(2, 0), _NO_REPLY),
+    "going back in the mailbox": _mail(answer(-100, 0), _NO_REPLY),
+    "an old answer": _mail(answer(0, 0), _SLOW),
+    "a value beyond the size in the mailbox": _mail(answer(1, 0x100), _NO_REPLY),
+    "a frame beside the mailbox": _mail(on_access(wire.Value(0)), _NO_REPLY),
+    "an exit in the mailbox": _mail(_exit, "rtc: exited with status 7"),
+    "getpid in the mailbox": _mail(call(os.getpid), _forbidden(39, "getpid")),
+    "silence at a marked write in the mailbox": _mail(
+        silent, "pci-host: it did not answer in time", "pci-host", "pci"
+    ),
     # -- the control channel of a device that serves
     "garbage": _control(b"\xc1" * 40, line=_BROKE + "not a frame: FormatError"),
     "a frame cut short": _control(b"\x93\x1a\x14\xd9\xff", line=_BROKE + "not a frame: ValueError"),
@@ -381,6 +451,19 @@ def _arm(attack: Attack) -> None:
         child.Server._serve_accesses = serve_on  # type: ignore[method-assign]
         attack.act(server._access, server._control.sock)
 
+    def init(server: child.Server, *args: object) -> None:
+        Page.map()
+        original_init(server, *args)  # type: ignore[arg-type]
+
+    def serve_mailbox(server: child.Server) -> None:
+        def struck(*request: int) -> int:
+            strike(server._access, server._control.sock)
+            return 0
+
+        asked = "write" if attack.victim == "pci-host" else "read"  # what is waited for
+        setattr(server.device, asked, struck)
+        original_serve(server)
+
     def serve_on(server: child.Server) -> None:
         original_accesses(server)
         say(DONE)(server._access, server._control.sock)
@@ -396,7 +479,11 @@ def _arm(attack: Attack) -> None:
         return 0
 
     original_accesses, original_frame = child.Server._serve_accesses, Channel.frame
-    if attack.when == SERVING:
+    original_init, original_serve = child.Server.__init__, child.Server.serve
+    if attack.transport == "mailbox":
+        child.Server.__init__ = init  # type: ignore[method-assign]
+        child.Server.serve = serve_mailbox  # type: ignore[method-assign]
+    elif attack.when == SERVING:
         child.Server.serve = serve  # type: ignore[method-assign]
     elif attack.when == ACCESSED:
         child.Server._serve_accesses = serve_accesses  # type: ignore[method-assign]

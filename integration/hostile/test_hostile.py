@@ -53,9 +53,8 @@ class Attacked:
 
     def __init__(self, name: str, elf: Elf, *options: str, guest: str | None = None) -> None:
         attack = ATTACKS[name]
-        # Attacks on the access channel; those on the mailbox are in tests/kvmcore/test_mailbox.py.
         words = ["-m", "integration.hostile.attacker", name, "run", "--device-timeout", TIMEOUT_S]
-        words += ["--transport", "socket"]
+        words += ["--transport", attack.transport]
         self.process = subprocess.Popen(
             [sys.executable, *words, *attack.options, *options, elf(guest or attack.guest)],
             stdin=subprocess.PIPE,
@@ -161,7 +160,15 @@ def test_an_attack_that_the_vm_survives_costs_it_nothing(elf: Elf, tmp_path: Pat
         assert 0 < len(shown) <= FLOOD + asked - sum(unsaid) < FLOOD
 
 
-@pytest.mark.parametrize("name", ["silence in an access", "endless work in an access"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "silence in an access",
+        "endless work in an access",
+        "endless work in the mailbox",
+        "waking for nothing",
+    ],
+)
 def test_a_device_that_holds_up_two_vcpus_does_not_hold_up_the_third(elf: Elf, name: str) -> None:
     with Attacked(name, elf, "--cpus", "3", "--device-timeout", "5", guest="three") as one:
         one.wait_for_log(f"rtc: {DONE}")

@@ -27,7 +27,7 @@ class Process:
     """A serial device in a thread, as in its process, and the exit loop's number for it."""
 
     def __init__(self, through_mailbox: bool) -> None:
-        self.core = Core(5000)
+        self.core = Core(30_000)
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mailbox = Mailbox.create()
@@ -60,7 +60,7 @@ class Process:
 
     def join(self) -> BaseException | None:
         self.core.mark_dead(self.index)
-        self._thread.join(10)
+        self._thread.join(30)
         assert not self._thread.is_alive()
         return self.ended
 
