@@ -27,6 +27,8 @@ typedef struct {
     struct pollfd *fds; /* the first is the eventfd that wakes us */
     uint32_t n_fds;
     uint32_t done;
+    PyObject *shadows; /* tuple of (offset, callable that gives the byte or None) */
+    bool shown;        /* the page has the shadows */
     uint32_t unlooked; /* waits that have not looked at the descriptors */
     uint64_t idle_ns;  /* when the last request was made or, if that is later, since when we wait */
     bool soon;         /* the last one came so soon that spinning for it was, or would have been, worth it */
@@ -34,10 +36,11 @@ typedef struct {
 
 static PyObject *end_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"page", "bell", "sizes", "slots", NULL};
+    static char *names[] = {"page", "bell", "sizes", "slots", "shadows", NULL};
     int page, bell, slots;
-    PyObject *sizes;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iiO!i", names, &page, &bell, &PyDict_Type, &sizes, &slots))
+    PyObject *sizes, *shadows;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "iiO!iO!", names, &page, &bell, &PyDict_Type, &sizes, &slots,
+                                     &PyTuple_Type, &shadows))
         return NULL;
     End *end = (End *)PyType_GenericAlloc(type, 0);
     if (!end)
@@ -47,6 +50,7 @@ static PyObject *end_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
         Py_XDECREF(key);
         end->sizes[space] = size ? PyLong_AsUnsignedLongLong(size) : 0;
     }
+    end->shadows = Py_NewRef(shadows);
     end->n_fds = 1 + (uint32_t)slots;
     end->fds = PyMem_Calloc(end->n_fds, sizeof *end->fds);
     if (!end->fds && !PyErr_Occurred())
@@ -72,6 +76,7 @@ static void end_dealloc(End *end)
     if (end->page)
         munmap(end->page, MAILBOX_SIZE);
     PyMem_Free(end->fds);
+    Py_XDECREF(end->shadows);
     PyObject_Free(end);
     Py_DECREF(type);
 }
@@ -88,6 +93,38 @@ static void answer(End *end, uint64_t value)
     atomic_store(&page->done, ++end->done);
     if (atomic_load(&page->wanted) == end->done)
         syscall(SYS_futex, &page->done, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+/* Makes every shadow what the register reads now; false with an exception set. */
+static bool show(End *end)
+{
+    Py_ssize_t n = PyTuple_Size(end->shadows);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *pair = PyTuple_GetItem(end->shadows, i), *now;
+        unsigned long offset = PyLong_AsUnsignedLong(PyTuple_GetItem(pair, 0)), byte = 0;
+        now = PyObject_CallNoArgs(PyTuple_GetItem(pair, 1));
+        if (now && now != Py_None)
+            byte = PyLong_AsUnsignedLong(now);
+        bool is_shown = now && now != Py_None;
+        Py_XDECREF(now);
+        if (!PyErr_Occurred() && (offset >= MAILBOX_SHADOWS || byte > 0xff))
+            PyErr_SetString(PyExc_OverflowError, "a shadow is one byte");
+        if (PyErr_Occurred())
+            return false;
+        atomic_store(&end->page->shadow[offset], (uint16_t)(is_shown ? MAILBOX_SHADOWED | byte : 0));
+    }
+    end->shown = true;
+    return true;
+}
+
+static PyObject *end_hide(End *end, PyObject *none)
+{
+    (void)none;
+    if (end->shown)
+        for (uint32_t i = 0; i < MAILBOX_SHADOWS; i++)
+            atomic_store(&end->page->shadow[i], 0);
+    end->shown = false;
+    Py_RETURN_NONE;
 }
 
 /* What the model makes of the request; false with an exception set. */
@@ -128,6 +165,8 @@ static PyObject *end_serve(End *end, PyObject *const *args, Py_ssize_t n)
         end->soon = (int64_t)(r.at_ns - end->idle_ns) < MAILBOX_SPIN_NS;
         end->idle_ns = r.at_ns;
         if (!handle(&r, args[0], args[1], &value))
+            return NULL;
+        if (atomic_load(&end->page->posted) == end->done + 1 && !show(end))
             return NULL;
         answer(end, value);
     }
@@ -183,6 +222,8 @@ static PyObject *end_wait(End *end, PyObject *timeout)
     if (timeout_ns == -1 && PyErr_Occurred())
         return NULL;
     int ready;
+    if (!end->shown && !show(end))
+        return NULL;
     Py_BEGIN_ALLOW_THREADS
     ready = wait_for_any(end, timeout_ns);
     Py_END_ALLOW_THREADS
@@ -220,6 +261,7 @@ static PyObject *end_ready(End *end, PyObject *slot)
 
 static PyMethodDef end_methods[] = {
     {"serve", (PyCFunction)(void (*)(void))end_serve, METH_FASTCALL, NULL},
+    {"hide", (PyCFunction)end_hide, METH_NOARGS, NULL},
     {"wait", (PyCFunction)end_wait, METH_O, NULL},
     {"watch", (PyCFunction)end_watch, METH_VARARGS, NULL},
     {"ready", (PyCFunction)end_ready, METH_O, NULL},

@@ -229,7 +229,7 @@ class Server:
         sources = {**host, "log": self._say}
         self.device: Device = model(**ports, **{s: sources[s] for s in entry.sources})
         channels = (access.fileno(), control.fileno())
-        self._mailbox = Mailbox(*mailbox, self._sizes, channels, self._watched)
+        self._mailbox = Mailbox(*mailbox, self._sizes, channels, self._watched, self.device.shadows)
 
     def serve(self) -> None:
         """Serve until `Stop`.
@@ -248,6 +248,7 @@ class Server:
             if due is not None:
                 now = self._now()
                 if now >= due:
+                    mailbox.hide()
                     device.on_deadline(now)
                     due = device.deadline_ns
                 timeout_ns = None if due is None else max(0, due - now)
@@ -255,6 +256,7 @@ class Server:
             busy = mailbox.serve(device, _BURST) > 0
             if not ready:
                 continue
+            mailbox.hide()
             if mailbox.is_readable(access):
                 self._serve_accesses()
                 busy = True

@@ -5,7 +5,7 @@ Left out: the frames of devproc/wire.py, whose fields stand in the page as they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from select import POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT
 from typing import Final
 
@@ -25,6 +25,7 @@ class Mailbox:
         sizes: of the register spaces that there are.
         channels: descriptors that are always waited for.
         watched: waited for as long as they want it.
+        shadows: the device's, as `ports.Device` has them.
 
     Raises:
         OSError: the page cannot be mapped.
@@ -37,8 +38,10 @@ class Mailbox:
         sizes: Mapping[int, int],
         channels: Sequence[int],
         watched: Sequence[Watched],
+        shadows: Mapping[int, Callable[[], int | None]],
     ) -> None:
-        self._end = End(page, bell, dict(sizes), len(channels) + len(watched))
+        slots = len(channels) + len(watched)
+        self._end = End(page, bell, dict(sizes), slots, tuple(shadows.items()))
         self._channels = {fd: slot for slot, fd in enumerate(channels)}
         for fd, slot in self._channels.items():
             self._end.watch(slot, fd, POLLIN)
@@ -48,6 +51,8 @@ class Mailbox:
     def serve(self, device: Device, most: int) -> int:
         """Have `device` answer up to `most` requests; returns how many there were.
 
+        Shadows are made right after the last one.
+
         Raises:
             PeerError: one is for no register.
             OverflowError: the model's value does not fit.
@@ -56,6 +61,10 @@ class Mailbox:
         if served is None:
             raise PeerError("a request for no register")
         return served
+
+    def hide(self) -> None:
+        """Take the shadows back, before the device does what no request asks for; `wait` has them again."""
+        self._end.hide()
 
     def wait(self, timeout_ns: int | None) -> bool:
         """Until there is a request, the timeout is over, or, which is true, a descriptor is ready."""

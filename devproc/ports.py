@@ -7,7 +7,7 @@ fake ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 Signal = Callable[[], None]
@@ -234,6 +234,10 @@ class Device(Protocol):
 
     def write(self, space: int, offset: int, size: int, data: int) -> None:
         """A guest write of the low `size` bytes of `data`."""
+
+    @property
+    def shadows(self) -> Mapping[int, Callable[[], int | None]]:
+        """Offsets in Space.PORT, and what a read of the byte gives; None while it changes anything."""
 
     @property
     def deadline_ns(self) -> int | None:

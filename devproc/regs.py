@@ -11,7 +11,7 @@ writes only whole.  What no register claims floats (`Table.hole`); other writes 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import ClassVar, Final, Literal
@@ -36,7 +36,8 @@ class Register:
     outside the access are the stored ones, or 0 for "W1C").  Otherwise `read_NAME() -> int` and
     `write_NAME(data)` are the register; with `via` they are `read_VIA(offset)` and
     `write_VIA(offset, data)`, shared by the registers of a group.  `when` names the bank in which the
-    register is visible; "" is every bank.
+    register is visible; "" is every bank.  `shadow`: `shadow_NAME() -> int | None` is what `read_NAME` would
+    return while it changes nothing, else None; the guest may then be answered without the device.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Register:
     stored: bool = False
     via: str = ""
     when: str = ""
+    shadow: bool = False
 
     @property
     def writable(self) -> int:
@@ -103,7 +105,9 @@ class Model:
                     allowed.add(f"write_{r.name}")
                 if not r.stored:
                     wanted |= {f"{verb}_{r.via or r.name}" for verb in _verbs(r)}
-        present = {name for name in dir(cls) if name.startswith(("read_", "write_"))}
+                if r.shadow:
+                    wanted.add(f"shadow_{r.name}")
+        present = {name for name in dir(cls) if name.startswith(("read_", "write_", "shadow_"))}
         if missing := wanted - present:
             raise TypeError(f"{cls.__name__} lacks {', '.join(sorted(missing))}")
         if unknown := present - wanted - allowed:
@@ -117,6 +121,9 @@ class Model:
         # One slot per space, so that an access costs list indexing and no search.
         floating = self._bind(Table(INDEXED, 0, ()), "")
         self._now: Final = [floating] * (INDEXED + 1)
+        self.shadows: Final[Mapping[int, Callable[[], int | None]]] = {
+            r.offset: getattr(self, f"shadow_{r.name}") for t in self.TABLES for r in t.registers if r.shadow
+        }
         for table in self.TABLES:
             self.select(table.space, table.banks()[0])
 
@@ -269,6 +276,10 @@ def _check_layout(model: str, table: Table) -> None:
     for r in table.registers:
         if r.offset < 0 or r.offset + r.size > table.size:
             raise TypeError(f"{model}.{r.name} lies outside its {table.size} bytes")
+        if r.shadow and (table.space, r.size, r.access, r.when) != (Space.PORT, 1, "RO", ""):
+            raise TypeError(
+                f"{model}.{r.name}: only a byte of the port space that is always read-only has a shadow"
+            )
         if (r.mask | r.reset) >> 8 * r.size:
             raise TypeError(f"{model}.{r.name}: mask or reset value is wider than the register")
         for verb in _verbs(r):
@@ -324,7 +335,7 @@ def _line(run: list[Register]) -> str:
     r, last = run[0], run[-1]
     where = f"{r.offset:#04x}" + (f"-{last.offset:#04x}" if len(run) > 1 else "")
     name = r.name + (f"..{last.name}" if len(run) > 1 else "")
-    note = f" [{r.when}]" if r.when else ""
+    note = (f" [{r.when}]" if r.when else "") + (" [shadow]" if r.shadow else "")
     reset, mask = (f"{v:#0{2 + 2 * r.size}x}" for v in (r.reset, r.writable))
     columns = f"{where:<9} {name:<22} {r.size:<4} {r.access:<6} {reset:<10} {mask:<10}"
     return f"  {columns} {r.meaning}{note} ({r.section})"

@@ -65,7 +65,7 @@ struct core_exit {
 };
 
 struct core_device_counters {
-    uint64_t reads, writes, wait_ns;
+    uint64_t reads, writes, shadowed, wait_ns;
 };
 
 struct core;

@@ -7,6 +7,10 @@
  * The device can write every byte.  So the supervisor keeps its own count of what it has posted, and of the page
  * it only ever reads what is marked as the device's, each word once per decision.
  *
+ * A register that reading does not change has a shadow, which the supervisor may take for what a read would give
+ * while the device is done with all that was posted.  So the device makes it right before it says that it is done,
+ * and takes it back before it lets anything else, an interrupt above all, follow from what the host does.
+ *
  * Nobody sleeps through news: who is to be woken says so first and then looks once more, the other one makes its
  * news visible first and then looks who is to be woken, all of it sequentially consistent. */
 #ifndef MAILBOX_H
@@ -19,6 +23,8 @@
 
 #define MAILBOX_SIZE 4096u
 #define MAILBOX_RING 64u /* a power of 2 */
+#define MAILBOX_SHADOWS 64u
+#define MAILBOX_SHADOWED 0x100u
 /* Longer than an access takes, shorter than it takes to wake a process on an idle core of a virtual machine. */
 #define MAILBOX_SPIN_NS 50000
 
@@ -40,6 +46,7 @@ struct mailbox {
     _Atomic uint32_t asleep; /* 1: write to its eventfd; the supervisor clears it when it does */
     _Atomic uint32_t device_cpu;
     _Atomic uint64_t value;
+    _Atomic uint16_t shadow[MAILBOX_SHADOWS]; /* by offset in space 0: MAILBOX_SHADOWED and the byte, or 0 */
 
     _Alignas(64) struct mailbox_request ring[MAILBOX_RING];
 };

@@ -92,10 +92,11 @@ class Route:
 
 
 class DeviceCounters(NamedTuple):
-    """Transactions with one device, and the time vCPUs and callers spent in them."""
+    """Transactions with one device, reads that its shadows saved, and the time spent in transactions."""
 
     reads: int
     writes: int
+    shadowed: int
     wait_ns: int
 
 
@@ -211,7 +212,7 @@ class Core:
         counters = ffi.new("struct core_device_counters *")
         if lib.core_device_counters(self._core, index, counters):
             raise IndexError(f"device {index}")
-        return DeviceCounters(counters.reads, counters.writes, counters.wait_ns)
+        return DeviceCounters(counters.reads, counters.writes, counters.shadowed, counters.wait_ns)
 
     def float_counters(self) -> FloatCounters:
         """What nobody owned, by vCPUs only."""

@@ -246,8 +246,10 @@ class _Launch:
     def _say_accesses(self, core: Core, proxies: Sequence[Proxy], pci: PciRoot) -> None:
         """What the guest did to each device, and how long it was kept waiting."""
         for proxy in proxies:
-            reads, writes, wait_ns = core.device_counters(proxy.index)
+            reads, writes, shadowed, wait_ns = core.device_counters(proxy.index)
             text = f"{proxy.name}: {reads} reads, {writes} writes, {wait_ns / 1e6:.1f} ms waited"
+            if shadowed:
+                text += f"; {shadowed} reads of shadows"
             self.say(text, level="info", event="accesses", device=proxy.name)
         for function in pci.functions:
             text = f"{function.name}: {function.refused} writes refused"

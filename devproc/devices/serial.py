@@ -106,8 +106,10 @@ class Serial(Model):
                 Register("FCR", 2, "WO", "FIFO control", "8.5", mask=0xCF),
                 Register("LCR", 3, "RW", "line control", "8.1", stored=True),
                 Register("MCR", 4, "RW", "modem control", "8.8", mask=0x1F, stored=True),
-                Register("LSR", 5, "RO", "line status", "8.4", reset=LSR_THRE | LSR_TEMT),
-                Register("MSR", 6, "RO", "modem status", "8.9", reset=MSR_CTS | MSR_DSR | MSR_DCD),
+                Register("LSR", 5, "RO", "line status", "8.4", reset=LSR_THRE | LSR_TEMT, shadow=True),
+                Register(
+                    "MSR", 6, "RO", "modem status", "8.9", reset=MSR_CTS | MSR_DSR | MSR_DCD, shadow=True
+                ),
                 Register("SCR", 7, "RW", "scratch", "8.10", stored=True),
             ),
         ),
@@ -208,7 +210,7 @@ class Serial(Model):
         self._refresh()
 
     def read_LSR(self) -> int:
-        lsr = (LSR_DR if self._rx else 0) | (0 if self._tx else LSR_THRE | LSR_TEMT)
+        lsr = self._lsr()
         if self._overrun:
             self._overrun = False
             self._refresh()
@@ -219,12 +221,18 @@ class Serial(Model):
                 self._flow = ON
         return lsr
 
+    def shadow_LSR(self) -> int | None:
+        return None if self._overrun or self._flow == UNTOUCHED else self._lsr()
+
     def read_MSR(self) -> int:
         msr = self._lines | self._delta
         if self._delta:
             self._delta = 0
             self._refresh()
         return msr
+
+    def shadow_MSR(self) -> int | None:
+        return None if self._delta else self._lines
 
     # -- the host's side
 
@@ -259,6 +267,10 @@ class Serial(Model):
         self._refresh()
 
     # -- inside
+
+    def _lsr(self) -> int:
+        """But for what a read clears."""
+        return (LSR_DR if self._rx else 0) | (0 if self._tx else LSR_THRE | LSR_TEMT)
 
     def _depth(self) -> int:
         return FIFO_SIZE if self._fcr else 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from struct import Struct
 from typing import Any, Final, NoReturn
 
@@ -100,6 +100,10 @@ class Recorded:
         self.tick()
         self._device.write(space, offset, size, data)
         self.note(Record(Op.WRITE, space, size, 0, offset, data & ((1 << 8 * size) - 1)))
+
+    @property
+    def shadows(self) -> Mapping[int, Callable[[], int | None]]:
+        return {}  # every read is to be recorded
 
     @property
     def deadline_ns(self) -> int | None:

@@ -1,8 +1,8 @@
 /* Whether posted writes through a mailbox are seen by every later read: `core_litmus ACCESSES`.
  *
  * One vCPU writes 1, 2, 3... to a register and tells the other one in memory how far it has got; what that one
- * then reads must not be less.  Each also reads back what it wrote last.  The device is honest, and sleeps when
- * there is nothing to do. */
+ * then reads must not be less; the same for the low byte, in a register that has a shadow.  Each also reads back
+ * what it wrote last.  The device is honest, and sleeps when there is nothing to do. */
 #define _GNU_SOURCE
 #include "../../kvmcore/_core.c"
 
@@ -21,7 +21,7 @@ static int bell;
 static void *run_device(void *arg)
 {
     struct mailbox *m = arg;
-    uint64_t registers[2] = {0};
+    uint64_t registers[3] = {0};
     uint32_t done = 0;
     while (!atomic_load(&over)) {
         while (atomic_load(&m->posted) != done) {
@@ -29,6 +29,8 @@ static void *run_device(void *arg)
             if (r.tag == TAG_WRITE)
                 registers[r.offset] = r.data;
             atomic_store_explicit(&m->value, registers[r.offset], memory_order_relaxed);
+            if (atomic_load(&m->posted) == done + 1)
+                atomic_store(&m->shadow[2], (uint16_t)(MAILBOX_SHADOWED | registers[2]));
             atomic_store(&m->done, ++done);
             if (atomic_load(&m->wanted) == done)
                 syscall(SYS_futex, &m->done, FUTEX_WAKE, 1, NULL, NULL, 0);
@@ -50,14 +52,24 @@ static uint64_t value_of(uint64_t offset)
     return value;
 }
 
+static uint8_t shadowed(void)
+{
+    uint64_t value;
+    REQUIRE(!core_read(core, 0, 0, 2, 1, &value));
+    return (uint8_t)value;
+}
+
 static void *run_writer(void *arg)
 {
     (void)arg;
     for (uint64_t n = 1; n <= accesses; n++) {
         REQUIRE(!core_write(core, 0, 0, 0, 8, n, true));
+        REQUIRE(!core_write(core, 0, 0, 2, 1, n & 0xff, true));
         atomic_store(&told, n);
         if (n % 5 == 0)
             REQUIRE(value_of(0) == n);
+        if (n % 3 == 0)
+            REQUIRE(shadowed() == (n & 0xff));
     }
     return NULL;
 }
@@ -68,6 +80,10 @@ static void *run_reader(void *arg)
     for (uint64_t n = 1; atomic_load(&told) < accesses; n++) {
         uint64_t least = atomic_load(&told);
         REQUIRE(value_of(0) >= least);
+        least = atomic_load(&told);
+        uint8_t since = (uint8_t)(shadowed() - least);
+        uint64_t most = atomic_load(&told) + 1;
+        REQUIRE(most - least > 0xff || since <= most - least);
         if (n % 3 == 0) {
             REQUIRE(!core_write(core, 0, 0, 1, 8, n, true));
             REQUIRE(value_of(1) == n);
@@ -94,6 +110,8 @@ int main(int argc, char **argv)
     pthread_join(threads[0], NULL);
     struct core_device_counters counters;
     core_device_counters(core, 0, &counters);
-    printf("%llu reads, %llu writes\n", (unsigned long long)counters.reads, (unsigned long long)counters.writes);
+    REQUIRE(counters.shadowed);
+    printf("%llu reads, %llu writes, %llu reads of a shadow\n", (unsigned long long)counters.reads,
+           (unsigned long long)counters.writes, (unsigned long long)counters.shadowed);
     return 0;
 }

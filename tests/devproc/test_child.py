@@ -62,6 +62,7 @@ class Scribe:
         self.say = log
         self.irq, self.input, self.output, self.gain = irq, input, output, gain
         self.clock, self.wall = clock, wall
+        self.shadows: dict[int, Callable[[], int | None]] = {}
         self.deadline_ns: int | None = None
         self.wants_input = False
         input.listen(lambda: self.wants_input, self.on_input)

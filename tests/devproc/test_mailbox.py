@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import socket
@@ -21,6 +22,7 @@ from kvmcore.exitloop import Core, DeviceGone
 from kvmcore.mailbox import Mailbox
 
 FIRST = 950
+LSR_AND_MSR = (88 + 2 * 5, 88 + 2 * 6)  # _mailbox.h
 
 
 class Process:
@@ -30,7 +32,7 @@ class Process:
         self.core = Core(30_000)
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        mailbox = Mailbox.create()
+        self.mailbox = mailbox = Mailbox.create()
         typed, self.type = os.pipe()
         self.shown, shows = os.pipe()
         irq = os.eventfd(0, os.EFD_NONBLOCK)
@@ -44,7 +46,6 @@ class Process:
         access.close()
         self.ended: BaseException | None = None
         self._theirs = (its_access, its_control)
-        self._mailbox = mailbox
         self._thread = threading.Thread(target=self._main)
 
     def start(self) -> None:
@@ -68,7 +69,7 @@ class Process:
         if self._thread.ident is not None:
             self.join()
         self.control.close()
-        self._mailbox.close()
+        self.mailbox.close()
         for fd in (self.type, self.shown, *range(FIRST, FIRST + 3)):
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -101,7 +102,8 @@ def conversation(process: Process) -> list[object]:
             case kind:
                 data = rng.randrange(1 << 8 * size)
                 process.core.write(process.index, Space.PORT, offset, size, data, kind == 1)
-    answers.append(process.core.device_counters(process.index)[:2])
+    reads, writes, shadowed, _ = process.core.device_counters(process.index)
+    answers.append((reads + shadowed, writes))
     process.join()
     return [*answers, process.server.device.save()]
 
@@ -115,6 +117,67 @@ def test_a_conversation_is_the_same_by_socket_and_by_mailbox() -> None:
         process.close()
     assert took[0] == took[1]
     assert len(set(map(str, took[0]))) > 50
+
+
+def counters(process: Process) -> tuple[int, int]:
+    """Reads that the device has answered, and those that its shadows have."""
+    reads, _, shadowed, _ = process.core.device_counters(process.index)
+    return reads, shadowed
+
+
+def test_a_shadow_answers_in_place_of_the_device(process: Process) -> None:
+    process.write(4, 0x03)
+    process.read(7)
+    reads, shadowed = counters(process)
+    assert [process.read(5), process.read(6)] == [0x60, 0xB0]
+    assert counters(process) == (reads, shadowed + 2)
+
+
+def test_only_a_byte_that_the_device_has_shown_is_taken_from_a_shadow(process: Process) -> None:
+    process.write(4, 0x03)
+    process.read(7)
+    _, shadowed = counters(process)
+    process.read(5, 2)
+    process.read(7)
+    with pytest.raises(DeviceGone):
+        process.core.read(process.index, Space.PORT2, 5, 1)
+    assert counters(process)[1] == shadowed
+
+
+def test_a_shadow_never_passes_a_posted_write(process: Process) -> None:
+    process.write(4, 0x10)  # what is sent is received
+    process.read(6)  # its delta bits
+    for byte in range(256):
+        process.write(0, byte)
+        assert process.read(5) & 1
+        assert process.read(0) == byte
+        assert not process.read(5) & 1
+    assert counters(process)[1] > 0
+
+
+def test_an_interrupt_finds_no_shadow_from_before_it() -> None:
+    process = Process(True)
+    shown: list[int] = []
+    page = mmap.mmap(process.mailbox.page, mmap.PAGESIZE)
+    serial = process.server.device
+
+    def interrupt() -> None:
+        shown.extend(page[at + 1] for at in LSR_AND_MSR)
+        os.eventfd_write(FIRST, 1)
+
+    serial._irq = interrupt  # type: ignore[attr-defined]
+    process.start()
+    process.write(4, 0x0B)  # RTS, OUT2
+    process.write(1, 0x01)
+    process.read(7)
+    while not all(page[at + 1] for at in LSR_AND_MSR):  # it waits, and has shown both
+        pass
+    os.write(process.type, b"k")
+    while not process.read(5) & 1:
+        pass
+    assert shown[:2] == [0, 0]
+    page.close()
+    process.close()
 
 
 def test_posted_writes_come_in_order_and_before_a_read(process: Process) -> None:
@@ -179,7 +242,7 @@ def test_a_value_that_does_not_fit_is_a_bug_of_ours(value: int | None) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     core = Core(200)
     index = core.add_device(ours.fileno(), mailbox=mailbox)
-    waiter = Waiter(*mailbox.fds, {0: 1}, (theirs.fileno(),), ())
+    waiter = Waiter(*mailbox.fds, {0: 1}, (theirs.fileno(),), (), {})
 
     class Wrong:
         write = None
@@ -210,7 +273,7 @@ def test_a_descriptor_is_waited_for_only_while_it_is_wanted() -> None:
         fd, wants_read, wants_write = read, False, False
 
     reader = Reader()
-    waiter = Waiter(*mailbox.fds, {}, (), (reader,))  # type: ignore[arg-type]
+    waiter = Waiter(*mailbox.fds, {}, (), (reader,), {})  # type: ignore[arg-type]
     os.write(write, b"x")
     assert not waiter.wait(0)
     assert list(waiter.ready()) == []
@@ -226,4 +289,4 @@ def test_a_descriptor_is_waited_for_only_while_it_is_wanted() -> None:
 
 def test_a_page_that_cannot_be_mapped_is_an_error() -> None:
     with pytest.raises(OSError, match="Bad file"):
-        Waiter(-1, -1, {}, (), ())
+        Waiter(-1, -1, {}, (), (), {})

@@ -18,7 +18,7 @@ from kvmcore.exitloop import Core, DeviceGone
 from kvmcore.mailbox import Mailbox
 
 PATIENT_MS, IMPATIENT_MS = 30_000, 300
-POSTED, WANTED, DONE, ASLEEP, DEVICE_CPU, VALUE, RING = 0, 4, 64, 68, 72, 80, 128  # _mailbox.h
+POSTED, WANTED, DONE, ASLEEP, DEVICE_CPU, VALUE, RING = 0, 4, 64, 68, 72, 80, 256  # _mailbox.h
 SLOTS, SLOT = 64, 32
 SYS_FUTEX, FUTEX_WAKE = 202, 1
 

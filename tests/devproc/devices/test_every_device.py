@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from devproc.catalog import CATALOG
-from devproc.wire import STATE_MAX
+from devproc.wire import STATE_MAX, Space
 
 NAMES = sorted(name for name, e in CATALOG.items() if e.module.startswith("devproc.devices."))
 every_device = pytest.mark.parametrize("name", NAMES)
@@ -71,6 +71,20 @@ def test_a_restored_device_goes_on_as_the_saved_one(bench: Any, name: str, befor
     assert second.model.save() == saved
     assert play(second, after) == play(first, after)
     assert second.model.save() == first.model.save()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if CATALOG[n].module == "devproc.devices.serial"])
+@relaxed
+@given(script=scripts)
+def test_a_shadow_is_what_a_read_gives_that_changes_nothing(bench: Any, name: str, script: Any) -> None:
+    device = bench(name)
+    for step in script:
+        play(device, [step])
+        for offset, shadow in device.model.shadows.items():
+            if (value := shadow()) is not None:
+                before = device.model.save()
+                assert device.model.read(Space.PORT, offset, 1) == value
+                assert device.model.save() == before
 
 
 @every_device
