@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """One buffer of the driver; a tuple, because making a frozen dataclass takes three times as long.
+    """One buffer of the driver; a tuple, because a frozen dataclass takes more than twice as long to make.
 
     `id` is what the used element will carry; `read_size` and `write_size` are bytes in total;
     `descriptors` is how many the chain takes in the ring itself (an indirect table is one).
