@@ -278,7 +278,7 @@ def test_inta_is_a_level_that_the_isr_status_takes_down(boot: Boot, irqchip: str
         assert within_patience(lambda n=count: guest.interrupts(vector) >= n)  # type: ignore[misc]
     assert guest.causes() == spec.ISR_QUEUE
     assert driver.isr() == 0
-    # The IOAPIC of some kernels (a nested 6.18) asks the source again before the guest has ended the interrupt:
+    # Some kernels' IOAPIC (a nested 6.18) asks the source again before the guest has ended the interrupt:
     # then one more comes each time, without a cause.
     spurious = 1 if (irqchip, by) == ("kernel", "ioapic") else 0
     settled = guest.interrupts(vector)
