@@ -8,6 +8,7 @@ LIFETIME and ZONED; and the legacy interface.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
@@ -202,6 +203,20 @@ class VirtioBlk(VirtioDevice):
     def read_write_zeroes_may_unmap(self) -> int:
         return int(self._sparse)
 
+    def set(self, _name: str, value: int) -> None:
+        size = value * SECTOR
+        before = self._disk.size
+        if size == before:
+            return
+        try:
+            if size < before:
+                raise OSError(errno.EINVAL, "a disk does not become smaller")
+            self._disk.extend(size)
+        except OSError as e:
+            self._log(f"it keeps its {before} bytes, not {size}: {e.strerror}")
+            return
+        self.config_changed()
+
     # -- queues
 
     def on_queue(self, index: int) -> None:
@@ -316,3 +331,6 @@ class VirtioBlk(VirtioDevice):
 
     def restore(self, data: bytes) -> None:
         self.restore_transport(state.unpack(BlkState, data).transport)
+
+    def counters(self) -> dict[str, int]:
+        return {**super().counters(), "capacity": self.read_capacity()}
