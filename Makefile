@@ -1,6 +1,7 @@
 # make setup   Debian packages, .venv, the kernels that guests boot (outside the tree, in ~/.cache/vmsup)
 # make demo    a stock Debian kernel, every device in its own jail
 # make test    everything; stock kernels boot in the testbed where this machine's /dev/kvm cannot
+# make bench   what it costs, against C baselines and QEMU; raw data in build/bench.json
 # make fuzz    the wire and the C core, FUZZ_S seconds each, from and into tests/regressions
 # make clean   removes what was built in the tree, not the kernels
 
@@ -22,7 +23,7 @@ PACKAGES += acpica-tools device-tree-compiler pciutils qemu-utils e2fsprogs
 FUZZ_PACKAGES := clang-14 libclang-rt-14-dev
 FUZZ_S ?= 600
 
-.PHONY: setup demo test fuzz clean packages kernels
+.PHONY: setup demo test bench fuzz clean packages kernels
 
 setup: $(BIN)/.ready kernels
 	@$(BIN)/python -m compileall -q kvmcore devproc policies supervisor integration  # where PYTHONDONTWRITEBYTECODE is set
@@ -32,6 +33,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	@mkdir -p build
+	$(BIN)/python -m integration.bench --raw build/bench.json
 
 fuzz: PACKAGES += $(FUZZ_PACKAGES)
 fuzz: $(BIN)/.ready packages

@@ -379,6 +379,7 @@ CATALOG: Final[dict[str, Entry]] = {
                 Param("fsize", 0, 1 << 62, "bytes that the image may have"),
             ),
             sources=("clock",),
+            settings=(Param("capacity", 1, 1 << 53, "sectors that the disk should have, never fewer"),),
             patience_s=60,
             fsize="fsize",
         ),

@@ -8,15 +8,19 @@ AssertionError is the device's bug.
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from struct import Struct
+from typing import Final, NamedTuple, Protocol
 
 from devproc.virtio import spec
 from devproc.virtio.chain import Span
 from devproc.wire import Space
 from kvmcore.memory import GuestMemory
+
+_DESC: Final = Struct("<QIHH")  # address, length, and the last two as the format has them
+_ADDR_LEN_ID: Final = Struct("<QIH")
+_USED_ELEM: Final = Struct("<II")
 
 
 class Used(NamedTuple):
@@ -55,13 +59,16 @@ class Driver(ABC):
         self.desc, self.driver, self.device = (self.room(count, 16).gpa for count in sizes)
         for area, count in zip((self.desc, self.driver, self.device), sizes, strict=True):
             memory.write(area, bytes(count))
+        # Views, because most of what fuzzing does is this.
+        (self._rings,) = memory.views([(self.desc, self.device - self.desc + sizes[-1] & ~1)])
+        self._words = self._rings.cast("H")
         self._heap = self._next
         self._offered: dict[int, _Offered] = {}
         self._added = 0  # since kick_wanted was last asked
 
     def room(self, size: int, align: int = 1) -> Span:
         """`size` bytes for a buffer; given back all at once when the device has no chain left."""
-        gpa = -(-self._next // align) * align
+        gpa = self._next + -self._next % align
         assert gpa + size <= self._end, f"no room for {size} more bytes"
         self._next = gpa + size
         return Span(gpa, size)
@@ -108,6 +115,11 @@ class Driver(ABC):
         return found
 
     @property
+    def left(self) -> int:
+        """Bytes that there is still room for."""
+        return self._end - self._next
+
+    @property
     def outstanding(self) -> int:
         """How many chains the device has."""
         return len(self._offered)
@@ -148,10 +160,10 @@ class Driver(ABC):
     def _kick_wanted(self, added: int) -> bool: ...
 
     def _load16(self, gpa: int) -> int:
-        return int.from_bytes(self.memory.read(gpa, 2), "little")
+        return self._words[(gpa - self.desc) >> 1]
 
     def _store16(self, gpa: int, value: int) -> None:
-        self.memory.write(gpa, (value & 0xFFFF).to_bytes(2, "little"))
+        self._words[(gpa - self.desc) >> 1] = value & 0xFFFF
 
 
 class SplitDriver(Driver):
@@ -183,7 +195,7 @@ class SplitDriver(Driver):
 
     def descriptor(self, index: int, addr: int, size: int, flags: int, next: int = 0) -> None:
         """Write one descriptor of the table, whatever it says."""
-        self.memory.write(self.desc + 16 * index, struct.pack("<QIHH", addr, size, flags, next))
+        _DESC.pack_into(self._rings, 16 * index, addr, size, flags, next)
 
     def offer(self, head: int) -> None:
         """Put `head` into the available ring, whatever it is."""
@@ -206,7 +218,7 @@ class SplitDriver(Driver):
         last = len(elements) - 1
         return self.place(
             b"".join(
-                struct.pack("<QIHH", gpa, size, flags | (spec.DESC_F_NEXT if i < last else 0), i + 1)
+                _DESC.pack(gpa, size, flags | (spec.DESC_F_NEXT if i < last else 0), i + 1)
                 for i, (gpa, size, flags) in enumerate(elements)
             )
         )
@@ -224,7 +236,7 @@ class SplitDriver(Driver):
         if self._load16(self.device + 2) == self._seen:
             return None
         at = self.device + 4 + 8 * (self._seen % self.size)
-        id, written = struct.unpack("<II", self.memory.read(at, 8))
+        id, written = _USED_ELEM.unpack_from(self._rings, at - self.desc)
         self._seen = (self._seen + 1) & 0xFFFF
         return id, written
 
@@ -263,7 +275,7 @@ class PackedDriver(Driver):
 
     def descriptor(self, index: int, addr: int, size: int, id: int, flags: int) -> None:
         """Write one descriptor of the ring, whatever it says; its flags last."""
-        self.memory.write(self.desc + 16 * index, struct.pack("<QIH", addr, size, id))
+        _ADDR_LEN_ID.pack_into(self._rings, 16 * index, addr, size, id)
         self._store16(self.desc + 16 * index + 14, flags)
 
     @property
@@ -287,7 +299,7 @@ class PackedDriver(Driver):
         return 1 - at // self.size % 2
 
     def _table(self, elements: Sequence[tuple[int, int, int]]) -> Span:
-        return self.place(b"".join(struct.pack("<QIHH", gpa, size, 0, f) for gpa, size, f in elements))
+        return self.place(b"".join(_DESC.pack(gpa, size, 0, f) for gpa, size, f in elements))
 
     def _offer(self, elements: Sequence[tuple[int, int, int]]) -> tuple[int, tuple[int, ...]]:
         id = self._ids.pop()
@@ -306,7 +318,7 @@ class PackedDriver(Driver):
         both = spec.DESC_F_AVAIL | spec.DESC_F_USED
         if self._load16(at + 14) & both != both * self._wrap(self._seen):
             return None
-        _, written, id, flags = struct.unpack("<QIHH", self.memory.read(at, 16))
+        _, written, id, flags = _DESC.unpack_from(self._rings, at - self.desc)
         assert bool(flags & spec.DESC_F_WRITE) == (written > 0), f"chain {id}: WRITE, and {written} bytes"
         return id, written
 
@@ -316,7 +328,7 @@ class PackedDriver(Driver):
         self._ids.append(id)
 
     def _kick_wanted(self, added: int) -> bool:
-        event, flags = struct.unpack("<HH", self.memory.read(self.device, 4))
+        event, flags = self._load16(self.device), self._load16(self.device + 2)
         if flags != spec.RING_EVENT_FLAGS_DESC:
             return bool(flags == spec.RING_EVENT_FLAGS_ENABLE)
         return any(
@@ -451,8 +463,9 @@ class PciDriver:
             id, after, _, kind = (read(Space.CONFIG, at + i, 1) for i in range(4))
             if id == 0x11:
                 self.msix = at
-            elif id == 0x09 and kind != spec.CAP_PCI_CFG:  # whose BAR and offset are the driver's to write
-                assert read(Space.CONFIG, at + spec.CAP_BAR, 1) == 0
+            elif id == 0x09:
+                # A driver writes the BAR and the offset of the PCI_CFG window: they may be anything by now.
+                assert kind == spec.CAP_PCI_CFG or read(Space.CONFIG, at + spec.CAP_BAR, 1) == 0
                 self.where.setdefault(kind, read(Space.CONFIG, at + spec.CAP_OFFSET, 4))
                 if kind == spec.CAP_NOTIFY_CFG:
                     self._multiplier = read(Space.CONFIG, at + spec.CAP_NOTIFY_OFF_MULTIPLIER, 4)

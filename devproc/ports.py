@@ -86,6 +86,9 @@ class Disk(Protocol):
     def zero(self, offset: int, size: int, *, unmap: bool) -> None:
         """Make these bytes zeros; `unmap`: without keeping room for them, where that is possible."""
 
+    def extend(self, length: int) -> None:
+        """Have `length` bytes, no fewer than now; the new ones are zeros, or what the host has put there."""
+
     def close(self) -> None:
         """There is nothing more to come; what is kept in memory goes to the host."""
 
@@ -96,9 +99,6 @@ class File(Disk, Protocol):
     @property
     def length(self) -> int:
         """Where it ends, in bytes."""
-
-    def extend(self, length: int) -> None:
-        """Make it `length` bytes long, the new ones zeros."""
 
 
 class Link(Protocol):

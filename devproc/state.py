@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
@@ -49,8 +50,8 @@ def pack(state: Any) -> bytes:
     Raises:
         ValueError: a field is not what its type says: a bug of the model, found before it is saved.
     """
-    check(state)
-    return json.dumps({type(state).__name__: _plain(state)}, separators=(",", ":")).encode()
+    plain = _checked(state)
+    return json.dumps({type(state).__name__: plain}, separators=(",", ":")).encode()
 
 
 def unpack(cls: type[T], data: bytes) -> T:
@@ -65,7 +66,8 @@ def unpack(cls: type[T], data: bytes) -> T:
         raise ValueError(f"not a saved state: {type(e).__name__}") from None
     if type(top) is not dict or list(top) != [cls.__name__]:
         raise ValueError(f"not a saved {cls.__name__}")
-    state: T = _build(cls, top[cls.__name__], cls.__name__)
+    kind: Any = cls
+    state: T = _builder(kind)(top[cls.__name__], cls.__name__)
     return state
 
 
@@ -75,57 +77,104 @@ def check(state: Any) -> None:
     Raises:
         ValueError: naming the field.
     """
-    cls = type(state)
-    _build(cls, _plain(state), cls.__name__)
+    _checked(state)
 
 
-@cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+def _checked(state: Any) -> Any:
+    cls: Any = type(state)
+    plain = _plain(state)
+    _builder(cls)(plain, cls.__name__)
+    return plain
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    kind: Any = type(value)
+    if kind is int or kind is bool:
+        return value
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
+    if is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in _names(kind)}
     return value
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` (as JSON gives it) as a `kind`; `where` names it in errors."""
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
+
+
+_Builder = Callable[[Any, str], Any]
+"""A value (as JSON gives it) as one of its kind; the text names it in errors."""
+
+
+@cache
+def _builder(kind: Any) -> _Builder:
+    """What builds a `kind`: found out once, because a state is saved and restored for each that is fuzzed."""
     if isinstance(kind, type) and is_dataclass(kind):
-        hints = _hints(kind)
-        if type(value) is not dict or value.keys() != hints.keys():
-            raise ValueError(f"{where}: expected exactly the fields {', '.join(hints)}")
-        built = {name: _build(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
-        return kind(**built)
+        return _of_fields(kind)
     if kind is bool:
-        if type(value) is not bool:
-            raise ValueError(f"{where}: expected true or false")
-        return value
+        return _bool
     if get_origin(kind) is types.UnionType or _NONE in get_args(kind):
-        if value is None:
-            return None
-        (kind,) = (k for k in get_args(kind) if k is not _NONE)
-        return _build(kind, value, where)
+        (some,) = (_builder(k) for k in get_args(kind) if k is not _NONE)
+        return lambda value, where: None if value is None else some(value, where)
     base, limit = get_args(kind)
     if isinstance(limit, Range):
-        if type(value) is not int or not limit.low <= value <= limit.high:
-            raise ValueError(f"{where}: expected an integer in [{limit.low}, {limit.high}]")
+        return _of_range(limit)
+    return _of_length(_hex if base is bytes else _of_elements(get_args(base)[0]), limit)
+
+
+def _of_fields(kind: type[Any]) -> _Builder:
+    builders = {name: _builder(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+
+    def build(value: Any, where: str) -> Any:
+        if type(value) is not dict or value.keys() != builders.keys():
+            raise ValueError(f"{where}: expected exactly the fields {', '.join(builders)}")
+        return kind(**{name: b(value[name], f"{where}.{name}") for name, b in builders.items()})
+
+    return build
+
+
+def _bool(value: Any, where: str) -> Any:
+    if type(value) is not bool:
+        raise ValueError(f"{where}: expected true or false")
+    return value
+
+
+def _of_range(limit: Range) -> _Builder:
+    low, high = limit.low, limit.high
+
+    def build(value: Any, where: str) -> Any:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{where}: expected an integer in [{low}, {high}]")
         return value
-    built_value: bytes | tuple[Any, ...]
-    if base is bytes:
-        if type(value) is not str:
-            raise ValueError(f"{where}: expected hexadecimal")
-        built_value = bytes.fromhex(value)
-    else:
+
+    return build
+
+
+def _hex(value: Any, where: str) -> Any:
+    if type(value) is not str:
+        raise ValueError(f"{where}: expected hexadecimal")
+    return bytes.fromhex(value)
+
+
+def _of_elements(kind: Any) -> _Builder:
+    one = _builder(kind)
+
+    def build(value: Any, where: str) -> Any:
         if type(value) is not list:
             raise ValueError(f"{where}: expected a list")
-        (element, _) = get_args(base)
-        built_value = tuple(_build(element, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if not limit.low <= len(built_value) <= limit.high:
-        raise ValueError(f"{where}: expected {limit.low} to {limit.high} elements")
-    return built_value
+        return tuple([one(v, f"{where}[{i}]") for i, v in enumerate(value)])
+
+    return build
+
+
+def _of_length(whole: _Builder, limit: Length) -> _Builder:
+    def build(value: Any, where: str) -> Any:
+        built = whole(value, where)
+        if not limit.low <= len(built) <= limit.high:
+            raise ValueError(f"{where}: expected {limit.low} to {limit.high} elements")
+        return built
+
+    return build

@@ -3,10 +3,14 @@
 Stock kernels need hardware virtualization.  On a machine without it, all `linux` tests of a session run in
 one testbed machine, by a second pytest there whose reports are replayed here as they come: the same command,
 summary and exit status everywhere.  Reports are JSON lines on that pytest's descriptor REPORT_FD.
+
+Tests that are sensitive to a busy machine come first, alone; then the testbed starts, and what it leaves of
+the processors goes to the unit tests.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -58,6 +62,9 @@ class Testbed:
             stderr=self._output,
             preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509  no threads here
         )
+        assert self._process.stdout is not None
+        # Reports wait there until the unit tests are over.
+        fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The reports of `item`'s set-up, call and tear-down; one failure when the testbed ended before."""
@@ -126,18 +133,25 @@ def _start(session: pytest.Session) -> Testbed | Unavailable:
     return Testbed(session.config, [item.nodeid for item in session.items if _runs_elsewhere(item)])
 
 
+def _turn(item: pytest.Item) -> int:
+    if _runs_elsewhere(item):
+        return 2
+    return 0 if item.path.is_relative_to(Path(__file__).parent) else 1
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_runs_elsewhere)  # last: they have the machine to themselves
+    items.sort(key=_turn)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    stash = item.config.stash
+    if _turn(item) > 0 and _testbed not in stash and any(map(_runs_elsewhere, item.session.items)):
+        stash[_testbed] = _start(item.session)
+        os.nice(10)
     if not _runs_elsewhere(item):
         return None
-    stash = item.config.stash
-    if _testbed not in stash:
-        stash[_testbed] = _start(item.session)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in stash[_testbed].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)

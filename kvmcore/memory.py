@@ -161,9 +161,9 @@ class GuestMemory:
         Raises:
             MemoryFault: not wholly RAM; nothing was written.
         """
-        source = memoryview(data).cast("B")
-        at = self._offset(gpa, source.nbytes)
-        self._view[at : at + source.nbytes] = source
+        source = data if type(data) is bytes else memoryview(data).cast("B")
+        at = self._offset(gpa, len(source))
+        self._view[at : at + len(source)] = source
 
     def pread_from(self, fd: int, file_offset: int, gpa: int, size: int) -> int:
         """Read up to `size` bytes of a file straight to `gpa`; less than `size` only at its end.

@@ -75,7 +75,7 @@ def _arguments() -> argparse.ArgumentParser:
         action="append",
         metavar="PATH[,KEY=VALUE,...]",
         help="a disk, in the order of /dev/vda, vdb...: path=,ro,root,format=raw|qcow2,backing=,"
-        "backing-format=,sparse=,direct,id=,block-size=,queues=,bps=,iops=",
+        "backing-format=,sparse=,direct,id=,block-size=,queues=,bps=,iops=,max-size=",
     )
     add(
         "--net",
@@ -173,6 +173,11 @@ def _arguments() -> argparse.ArgumentParser:
     link.add_argument("socket", metavar="SOCKET", help="what was given to vmsup run --socket")
     link.add_argument("card", metavar="NAME", help="net1 is the first --net")
     link.add_argument("plugged", choices=("up", "down"))
+
+    resize = verbs.add_parser("resize", help="more room on a disk of a running VM")
+    resize.add_argument("socket", metavar="SOCKET", help="what was given to vmsup run --socket")
+    resize.add_argument("disk", metavar="NAME", help="block1 is the first --block")
+    resize.add_argument("size", type=int, metavar="BYTES", help="up to its max-size=, never less than before")
 
     device = verbs.add_parser("device", help="the catalogue of devices").add_subparsers(
         dest="what", required=True
@@ -381,6 +386,11 @@ def _dispatch(args: argparse.Namespace) -> int:
             from supervisor import control  # noqa: PLC0415
 
             control.ask(args.socket, "link", card=args.card, plugged=args.plugged == "up")
+            return 0
+        case "resize":
+            from supervisor import control  # noqa: PLC0415
+
+            control.resize(args.socket, args.disk, args.size)
             return 0
         case "device":
             return _device(args)

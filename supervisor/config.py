@@ -56,6 +56,7 @@ BLOCK_KEYS = (
     Key("format", choices=IMAGE_FORMATS),
     Key("backing"),
     Key("backing-format", choices=IMAGE_FORMATS),
+    Key("max-size", int, 512, 1 << 62),
 )
 NET_KEYS = (
     Key("tap-name"),
@@ -135,7 +136,8 @@ class BlockConfig:
     """One disk: its image, and how the guest may use it.
 
     `block_size` in bytes, `bps` and `iops` a second, 0 without limit.  Without `format` an image is raw, and
-    refused if it looks like another format; `backing` is the image that a qcow2 image is based on.
+    refused if it looks like another format; `backing` is the image that a qcow2 image is based on.  The disk
+    may be given up to `max_size` bytes later.
     """
 
     path: str
@@ -151,6 +153,7 @@ class BlockConfig:
     format: str | None = None
     backing: str | None = None
     backing_format: str | None = None
+    max_size: int = 0
 
     @classmethod
     def from_values(cls, where: str, values: Mapping[str, Any]) -> BlockConfig:

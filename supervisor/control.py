@@ -1,8 +1,8 @@
 """The control socket of a running VM: one JSON request line, one JSON answer line, over a unix stream socket.
 
-Requests are `{"do": "ps"}`, `{"do": "stop"}`, `{"do": "balloon"}`, perhaps with "target_mib", and `{"do":
-"link"}` with "card" and "plugged"; an answer has "error" or the result's own keys.  The socket's mode, 0600,
-decides who may connect.
+Requests are `{"do": "ps"}`, `{"do": "stop"}`, `{"do": "balloon"}`, perhaps with "target_mib", `{"do":
+"link"}` with "card" and "plugged", and `{"do": "resize"}` with "disk" and perhaps "size"; an answer has
+"error" or the result's own keys.  The socket's mode, 0600, decides who may connect.
 """
 
 from __future__ import annotations
@@ -148,3 +148,17 @@ def balloon_counters(path: str) -> dict[str, int]:
     while counters.get("updates", 0) == updates and time.monotonic() < until_s:
         counters = ask_again()
     return counters
+
+
+def resize(path: str, disk: str, size: int) -> None:
+    """Give a disk of the VM at socket `path` room for `size` bytes, and wait until it has.
+
+    Raises:
+        ConfigError: as `ask`; or the disk has not got it, of which the VM's own words say more.
+    """
+    ask(path, "resize", disk=disk, size=size)
+    until_s = time.monotonic() + _TIMEOUT_S
+    while (capacity := ask(path, "resize", disk=disk)["counters"].get("capacity")) != size // 512:
+        if time.monotonic() >= until_s:
+            raise ConfigError(f"{disk} has {(capacity or 0) * 512} bytes still, see what vmsup run says")
+        time.sleep(_ASK_EVERY_S)

@@ -22,7 +22,7 @@ from kvmcore.errors import ConfigError
 from supervisor.config import BlockConfig
 from supervisor.host import Host, Opened
 
-_SECTOR = 512
+SECTOR = 512
 _BLOCK = 4096  # what O_DIRECT is sure to take
 _FLOCK = Struct("hhqqi0q")  # struct flock, <bits/fcntl.h>
 _QCOW2_MAGIC = b"QFI\xfb"
@@ -52,22 +52,32 @@ def open_disk(disk: BlockConfig, host: Host) -> Opened:
     where = f"--block {disk.path}"
     # O_EXCL, without O_CREAT, is about block devices: busy if it is mounted or a part of another (open(2)).
     flags = (os.O_RDONLY if disk.ro else os.O_RDWR | os.O_EXCL) | (os.O_DIRECT if disk.direct else 0)
-    image = _open(where, disk.path, flags, disk.format, host.undo)
+    image = _open(where, disk.path, flags, disk.format, host.undo, disk.max_size)
     if disk.direct and (image.size % _BLOCK or image.cluster_size % _BLOCK):
         raise ConfigError(f"{where}: {image.size} bytes, expected a multiple of {_BLOCK} for direct")
-    if image.virtual < _SECTOR:
-        raise ConfigError(f"{where}: {image.virtual} bytes, expected at least a sector of {_SECTOR}")
+    if image.virtual < SECTOR:
+        raise ConfigError(f"{where}: {image.virtual} bytes, expected at least a sector of {SECTOR}")
     if image.virtual % disk.block_size:
-        if disk.block_size > _SECTOR:
+        if disk.block_size > SECTOR:
             raise ConfigError(
                 f"{where}: {image.virtual} bytes, expected a multiple of {disk.block_size} for block-size"
             )
-        host.tell(
-            f"{where}: the guest does not see the last {image.virtual % _SECTOR} bytes, no whole sector"
-        )
+        host.tell(f"{where}: the guest does not see the last {image.virtual % SECTOR} bytes, no whole sector")
     return Opened(
         {"disk": (image.fd,), "backing": (_open_backing(where, disk, image, host.undo),)}, (image.most,)
     )
+
+
+def check_size(disk: BlockConfig, size: object) -> str | None:
+    """Why `disk` cannot be given `size` bytes while a guest uses it, as far as can be known here."""
+    if type(size) is not int:
+        return f"expected bytes, not {size!r:.40}"
+    unit = max(disk.block_size, _BLOCK if disk.direct else 0)
+    if size <= 0 or size % unit:
+        return f"expected a multiple of {unit} bytes, not {size}"
+    if size > disk.max_size:
+        return f"expected at most its max-size= of {disk.max_size} bytes, not {size}"
+    return None
 
 
 def _open_backing(where: str, disk: BlockConfig, image: _Image, undo: ExitStack) -> int:
@@ -86,7 +96,9 @@ def _open_backing(where: str, disk: BlockConfig, image: _Image, undo: ExitStack)
     return base.fd
 
 
-def _open(where: str, path: str, flags: int, format: str | None, undo: ExitStack) -> _Image:
+def _open(
+    where: str, path: str, flags: int, format: str | None, undo: ExitStack, max_size: int = 0
+) -> _Image:
     """Raises ConfigError."""
     try:
         mode = os.stat(path).st_mode
@@ -103,13 +115,14 @@ def _open(where: str, path: str, flags: int, format: str | None, undo: ExitStack
     if format is None and is_qcow2:
         raise ConfigError(f"{where}: it looks like qcow2: say format=qcow2, or format=raw if it is not")
     if format != "qcow2":
-        return _Image(fd, size, size, size)
+        return _Image(fd, size, size, max(size, max_size))
     if not is_qcow2 or len(start) < _QCOW2.size:
         raise ConfigError(f"{where}: not a qcow2 image")
     _, _, backing_offset, _, cluster_bits, virtual = _QCOW2.unpack_from(start)
     if not 9 <= cluster_bits <= 21 or virtual >> 60:
         raise ConfigError(f"{where}: not a qcow2 image that makes sense")
-    most = size + virtual + virtual // 8 + (_QCOW2_SPARE_CLUSTERS << cluster_bits)
+    whole = max(virtual, max_size)
+    most = size + whole + whole // 8 + (_QCOW2_SPARE_CLUSTERS << cluster_bits)
     return _Image(fd, size, virtual, most, bool(backing_offset), 1 << cluster_bits)
 
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import socket
 import time
 from collections.abc import Callable
 from typing import Final
 
 from devproc import jail
-from kvmcore.errors import ConfigError, VmsupError
-from policies.errors import PolicyError
-from supervisor import confine
+from kvmcore.errors import ConfigError
+from supervisor import companion
+from supervisor.companion import Companion
 from supervisor.janitor import Janitor
 
 CAPABILITIES: Final = 1 << jail.CAP_DAC_OVERRIDE
@@ -34,7 +33,6 @@ PATH_MAX: Final = 107 - len("_4294967295")
 """Bytes of a PATH, which with a port is to fit into a sockaddr_un."""
 
 _PORT_SIZE: Final = 4
-_REPLY_MAX: Final = 4096
 _PAUSE_S: Final = 0.001  # after each connection that the device asks for: so many at most
 
 
@@ -45,11 +43,10 @@ class Exchange:
         device: the device's end, for its process to be given a duplicate of.
     """
 
-    def __init__(self, pid: int, control: socket.socket, device: socket.socket, mode: jail.Mode) -> None:
-        self.pid = pid
+    def __init__(self, process: Companion, device: socket.socket) -> None:
+        self._process = process
+        self.pid = process.pid
         self.device = device
-        self._control = control
-        self._mode = mode
 
     @classmethod
     def start(cls, path: str, janitor: Janitor, mode: jail.Mode = jail.Mode.FULL) -> Exchange:
@@ -64,18 +61,16 @@ class Exchange:
             janitor.unlink(name)
         except OSError as e:
             raise ConfigError(f"--vsock: {path}: {e.strerror or e}") from None
-        control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         device, its_device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         device.setblocking(False)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                _serve(its_control, its_device, listener, name, mode)
-            finally:
-                os._exit(0)
-        for sock in (its_control, its_device, listener):
-            sock.close()
-        return cls(pid, control, device, mode)
+        with its_device, listener:
+            process = Companion.fork(
+                "exchange",
+                mode,
+                lambda control: _serve(control, its_device, listener, name, mode),
+                keep=(its_device.fileno(), listener.fileno()),
+            )
+        return cls(process, device)
 
     def seal(self, warn: Callable[[str], None]) -> None:
         """Have it give up all rights but those that it needs.
@@ -83,19 +78,12 @@ class Exchange:
         Raises:
             VmsupError: it could not; in mode "best-effort" that is a warning.
         """
-        self._control.send(b"S")
-        why = self._control.recv(_REPLY_MAX).decode().removeprefix(".")
-        if why and self._mode is not jail.Mode.BEST_EFFORT:
-            raise VmsupError(f"the exchange: {why}")
-        if why:
-            warn(f"the exchange: {why}")
+        self._process.seal(warn)
 
     def finish(self) -> None:
         """Let it end, and wait until it has."""
-        self._control.close()
         self.device.close()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        self._process.finish()
 
 
 def _listen(path: str) -> socket.socket:
@@ -120,23 +108,9 @@ def _listen(path: str) -> socket.socket:
 def _serve(
     control: socket.socket, device: socket.socket, listener: socket.socket, path: str, mode: jail.Mode
 ) -> None:
-    os.setsid()  # a signal to the supervisor's process group is not for us
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(s, signal.SIG_IGN)
-    jail.title("exchange")
-    held = {sock.fileno() for sock in (control, device, listener)}
-    for fd in range(3, max(held)):
-        if fd not in held:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-    os.closerange(max(held) + 1, 1 << 16)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):  # holding the caller's stdout would keep a pipeline open
-        os.dup2(null, fd)
-    os.close(null)
-    if control.recv(1) != b"S":
+    if control.recv(1) != companion.SEAL:
         return
-    control.send(b"." + _seal(mode).encode()[: _REPLY_MAX - 1])
+    companion.seal("exchange", control, mode, CAPABILITIES)
     while True:
         ready = select.select([control, device, listener], [], [])[0]
         if control in ready:  # the supervisor has ended
@@ -152,19 +126,6 @@ def _serve(
                 caller, _ = listener.accept()
                 caller.setblocking(False)
                 _hand_over(device, b"A", caller)
-
-
-def _seal(mode: jail.Mode) -> str:
-    """Give up what is not needed any more; what could not be."""
-    complaints: list[str] = []
-    try:
-        load_filter = confine.seal("exchange", mode, complaints.append)
-        if mode is not jail.Mode.NONE:
-            jail.drop_privileges(CAPABILITIES)
-        load_filter()
-    except (OSError, VmsupError, PolicyError) as e:
-        complaints.append(str(e))
-    return "; ".join(complaints)
 
 
 def _dial(path: str) -> socket.socket | None:

@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import termios
 from collections.abc import Callable
 
 from devproc import jail
-from kvmcore.errors import VmsupError
-from policies.errors import PolicyError
-from supervisor import confine
-
-_FRAME_MAX = 8192
+from supervisor import companion
+from supervisor.companion import Companion
 
 CAPABILITIES = 1 << jail.CAP_DAC_OVERRIDE
 """What root's janitor keeps: root may have made a path in a directory that belongs to somebody else."""
@@ -30,24 +26,15 @@ CAPABILITIES = 1 << jail.CAP_DAC_OVERRIDE
 class Janitor:
     """The supervisor's end; `start` must run while the process has one thread."""
 
-    def __init__(self, pid: int, sock: socket.socket, mode: jail.Mode) -> None:
-        self.pid = pid
-        self._sock = sock
-        self._mode = mode
+    def __init__(self, process: Companion) -> None:
+        self._process = process
+        self._sock = process.sock
+        self.pid = process.pid
 
     @classmethod
     def start(cls, mode: jail.Mode = jail.Mode.FULL) -> Janitor:
         """Fork the janitor, which will seal itself as `mode` says."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                ours.close()
-                _serve(theirs, mode)
-            finally:
-                os._exit(0)
-        theirs.close()
-        return cls(pid, ours, mode)
+        return cls(Companion.fork("janitor", mode, lambda sock: _serve(sock, mode)))
 
     def restore_terminal(self, fd: int) -> None:
         """Remember the mode that terminal `fd` has now."""
@@ -66,42 +53,26 @@ class Janitor:
         Raises:
             VmsupError: it could not; in mode "best-effort" that is a warning.
         """
-        self._sock.send(b"S")
-        why = self._sock.recv(_FRAME_MAX).decode().removeprefix(".")
-        if why and self._mode is not jail.Mode.BEST_EFFORT:
-            raise VmsupError(f"the janitor: {why}")
-        if why:
-            warn(f"the janitor: {why}")
+        self._process.seal(warn)
 
     def finish(self) -> None:
         """Have everything put back now, and wait until it is."""
-        self._sock.close()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        self._process.finish()
 
 
 def _serve(sock: socket.socket, mode: jail.Mode) -> None:
-    os.setsid()  # a signal to the supervisor's process group is not for us
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU, signal.SIGPIPE):
-        signal.signal(s, signal.SIG_IGN)
-    jail.title("janitor")
-    os.closerange(3, sock.fileno())
-    os.closerange(sock.fileno() + 1, 1 << 16)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):  # holding the caller's stdout would keep a pipeline open
-        os.dup2(null, fd)
-    os.close(null)
     terminals: list[tuple[int, list[object]]] = []
     paths: list[tuple[int, int, bytes]] = []
     while True:
         try:
-            frame, fds, _, _ = socket.recv_fds(sock, _FRAME_MAX, 1)
+            frame, fds, _, _ = socket.recv_fds(sock, companion.FRAME_MAX, 1)
         except ConnectionResetError:  # it died before it took our last answer
             break
         if not frame:
             break
-        if frame == b"S":
-            _seal(sock, mode)
+        if frame == companion.SEAL:
+            companion.seal("janitor", sock, mode, CAPABILITIES)
+            _await_the_end(sock)
             break
         if frame == b"T":
             terminals += [(fd, termios.tcgetattr(fd)) for fd in fds]
@@ -120,17 +91,7 @@ def _serve(sock: socket.socket, mode: jail.Mode) -> None:
                 os.unlink(path)
 
 
-def _seal(sock: socket.socket, mode: jail.Mode) -> None:
-    """Give up what is not needed any more, say how that went, and wait for the supervisor's end."""
-    complaints: list[str] = []
-    try:
-        load_filter = confine.seal("janitor", mode, complaints.append)
-        if mode is not jail.Mode.NONE:
-            jail.drop_privileges(CAPABILITIES)
-        load_filter()
-    except (OSError, VmsupError, PolicyError) as e:
-        complaints.append(str(e))
+def _await_the_end(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        sock.send(b"." + "; ".join(complaints).encode()[: _FRAME_MAX - 1])
-        while sock.recv(_FRAME_MAX):
+        while sock.recv(companion.FRAME_MAX):
             pass

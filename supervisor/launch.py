@@ -26,6 +26,7 @@ from policies.errors import PolicyError
 from supervisor import confine, control, ending, machine
 from supervisor.bus import Buses, Claim, DeviceTarget
 from supervisor.config import LEARN, RunConfig
+from supervisor.disks import SECTOR, check_size
 from supervisor.ending import Ending
 from supervisor.exchange import Exchange
 from supervisor.host import Host
@@ -211,6 +212,7 @@ class _Launch:
                     "stop": lambda _: _stop(loop),
                     "balloon": partial(self._balloon, _find(proxies, "virtio-balloon")),
                     "link": partial(_link, proxies),
+                    "resize": partial(self._resize_disk, proxies),
                 }
                 server = control.ControlServer(config.socket, verbs, janitor)
                 self.undo.callback(server.close)
@@ -371,6 +373,23 @@ class _Launch:
         if type(target_mib) is not int or not 0 <= target_mib < self.config.mem:
             return {"error": f"expected 0 to {self.config.mem - 1} MiB, not {target_mib!r:.40}"}
         balloon.set("target_mib", target_mib)
+        return {}
+
+    def _resize_disk(self, proxies: Sequence[Proxy], request: Mapping[str, Any]) -> dict[str, Any]:
+        """More room on a disk, or what was last known of it; in that case what is known next is asked for."""
+        disks = {f"block{n}": disk for n, disk in enumerate(self.config.block, 1)}
+        name, size = request.get("disk"), request.get("size")
+        proxy = next((p for p in proxies if p.name == name and p.name in disks), None)
+        if proxy is None:
+            known = ", ".join(disks) or "none, it was started without --block"
+            return {"error": f"this VM has no disk {name!r:.40}, expected one of: {known}"}
+        if size is None:
+            proxy.ask_counters()
+            return {"counters": proxy.counters}
+        wrong = check_size(disks[proxy.name], size)
+        if wrong is not None:
+            return {"error": f"{name}: {wrong}"}
+        proxy.set("capacity", size // SECTOR)
         return {}
 
 

@@ -22,7 +22,7 @@ from supervisor.terminal import Keyboard, Typed
 from supervisor.vcputhread import VcpuThread
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LAST_WORDS_S = 0.3  # how long a lost connection waits for the reaper's better word
+_LAST_WORDS_S = 2.0  # how long a lost connection waits for the reaper's better word: its maps go first
 _FLUSH_S = 2.0  # how long devices may take to write out what they hold at the end
 _VCPU_JOIN_S = 1.0  # on top of the access deadline
 

@@ -70,21 +70,19 @@ class Spawner:
             VmsupError: the zygote could not make it.
             PolicyError: because of its policy.
         """
+        opened = self.opened.get(instance.name, _NOTHING)
+        own = [fd for d in instance.entry.descriptors for fd in self._descriptors(instance.name, d, opened)]
+        params = instance.params + opened.params
+        extra = [] if self.extra is None else [self.extra(instance.name, instance.entry, params)]
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         log, its_log = os.pipe()
         mailbox = Mailbox.create()
-        fds = [its_log, its_access.fileno(), its_control.fileno(), *mailbox.fds]
-        opened = self.opened.get(instance.name, _NOTHING)
-        for d in instance.entry.descriptors:
-            fds += self._descriptors(instance.name, d, opened)
-        params = instance.params + opened.params
-        extra = [] if self.extra is None else [self.extra(instance.name, instance.entry, params)]
         try:
             pid = self.zygote.spawn(
                 instance.entry.name,
                 instance.name,
-                [*fds, *extra],
+                [its_log, its_access.fileno(), its_control.fileno(), *mailbox.fds, *own, *extra],
                 host_id=host_id(self._count),
                 mode=self.mode,
                 params=params,

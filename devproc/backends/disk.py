@@ -106,9 +106,10 @@ class Disk:
         """Nothing is kept in memory."""
 
     def extend(self, length: int) -> None:
-        """Make the image `length` bytes long, the new ones zeros; raises OSError."""
+        """Make the image `length` bytes long, unless the host has done that already; raises OSError."""
         assert length >= self.length
-        os.ftruncate(self._fd, length)
+        if self._end() < length:
+            os.ftruncate(self._fd, length)
         self.length = length
 
     def _end(self) -> int:

@@ -4,8 +4,9 @@ Metadata are written through, in an order that survives the death of this proces
 counts as taken on stable storage before a table points to it, and as free only after no table does.  What a
 crash leaves are leaked clusters, which `qemu-img check -r leaks` gives back.  Left out: encryption, external
 data files, extended L2 entries, zstd, persistent bitmaps (dropped, as the specification has it, when the
-image is written), making snapshots, and writing to images that need repair, whose reference counts are
-narrower than a byte, or whose reference count table is too small for the whole disk.
+image is written), making snapshots, moving a table that has no room for a larger disk, and writing to images
+that need repair, whose reference counts are narrower than a byte, or whose reference count table is too small
+for the whole disk.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _HEADER: Final = Struct(">IIQIIQIIQQIIQ")
 # incompatible_features, compatible_features, autoclear_features, refcount_order, header_length
 _HEADER_3: Final = Struct(">QQQII")
 _AUTOCLEAR: Final = 88
+_SIZE: Final = 24  # size, crypt_method, l1_size: in one sector, so all of it is new or none
+_SIZES: Final = Struct(">QII")
 _ENTRY: Final = Struct(">Q")
 
 _DIRTY: Final = 1 << 0  # the one incompatible feature that may be there, to read
@@ -81,7 +84,7 @@ class Qcow2:
         self._read_only: Final = read_only
         (
             magic, version, _, _, bits, size, crypt, l1_size,
-            l1_offset, reftable_offset, reftable_clusters, _, _,
+            l1_offset, reftable_offset, reftable_clusters, snapshots, _,
         ) = _HEADER.unpack(self._load(0, _HEADER.size))  # fmt: skip
         if magic != MAGIC or version not in (2, 3):
             raise Qcow2Error("not a qcow2 image of version 2 or 3")
@@ -98,8 +101,9 @@ class Qcow2:
         self._l2_bits: Final = bits - 3
         self._width: Final = max(1, 1 << order >> 3)  # bytes of a reference count
         self._per_block: Final = self._cluster // self._width
-        self.size: Final = size // SECTOR * SECTOR
-        self._l1: Final = self._table("L1 table", l1_offset, l1_size * 8, _L1_MAX)
+        self.size = size // SECTOR * SECTOR
+        self._snapshots: Final = snapshots
+        self._l1 = self._table("L1 table", l1_offset, l1_size * 8, _L1_MAX)
         self._l1_offset: Final = l1_offset
         if len(self._l1) * self._cluster << self._l2_bits < size * 8:
             raise Qcow2Error(f"a qcow2 image with an L1 table of {l1_size} entries for {size} bytes")
@@ -129,13 +133,17 @@ class Qcow2:
         self._reftable = self._table(
             "refcount table", self._reftable_offset, clusters << self._bits, _REFTABLE_MAX
         )
-        # Data, their L2 tables, these counts themselves, and what is there now.
-        most = self._end + (size >> self._bits) * 9 // 8 + (_RESERVE >> self._bits) + _DOOMED_MAX
-        if most // self._per_block >= len(self._reftable) // 8:
+        if not self._counts_reach(size):
             raise Qcow2Error("a qcow2 image with a refcount table too small for its disk: read-only")
         if autoclear:
             self._store(_AUTOCLEAR, bytes(8))
             self._file.flush()
+
+    def _counts_reach(self, size: int) -> bool:
+        """Whether there can be reference counts of all that a disk of `size` bytes may need."""
+        # Data, their L2 tables, these counts themselves, and what is there now.
+        most = self._end + (size >> self._bits) * 9 // 8 + (_RESERVE >> self._bits) + _DOOMED_MAX
+        return bool(most // self._per_block < len(self._reftable) // 8)
 
     # -- ports.Disk
 
@@ -188,6 +196,30 @@ class Qcow2:
             self._drop(offset, size, keep=not unmap)
         else:
             self._write_zeros(offset, size)
+
+    def extend(self, length: int) -> None:
+        self._check_writable()
+        if self._snapshots:
+            raise OSError(errno.EOPNOTSUPP, "a qcow2 image with snapshots keeps its size")
+        if self._backing is not None and self._backing.size > self.size:
+            raise OSError(errno.EOPNOTSUPP, "a qcow2 image that hides a part of its backing keeps its size")
+        had = len(self._l1)
+        needs = -(-length // (self._cluster << self._l2_bits)) * 8
+        if needs > min(-(-had // self._cluster) * self._cluster, _L1_MAX) or not self._counts_reach(length):
+            raise OSError(errno.EFBIG, "a qcow2 image without room in its tables: qemu-img resize")
+        if needs > had:
+            more = bytes(needs - had)
+            self._write_file(self._l1_offset + had, [memoryview(more)])
+            self._l1 += more
+        old, self.size = self.size, length
+        try:
+            self._write_zeros(old, min(-old % self._cluster, length - old))
+            self.flush()
+            self._store(_SIZE, _SIZES.pack(length, 0, len(self._l1) // 8))
+            self._file.flush()
+        except OSError:
+            self.size = old
+            raise
 
     def close(self) -> None:
         """Give back what was reserved; the image is as `qemu-img check` wants it."""

@@ -35,18 +35,21 @@ class Bucket:
 
 
 class RateLimit:
-    """Two buckets for an operation and its bytes, `bps` bytes and `iops` operations a second."""
+    """Two buckets for an operation and its bytes, `bps` bytes and `iops` operations a second.
+
+    Attributes:
+        ready_ns: the monotonic time from which the next operation may begin.
+    """
 
     def __init__(self, bps: int, iops: int) -> None:
         self._bytes = Bucket(bps)
         self._operations = Bucket(iops)
-
-    @property
-    def ready_ns(self) -> int:
-        """The monotonic time from which the next operation may begin."""
-        return max(self._bytes.ready_ns, self._operations.ready_ns)
+        self._any = bool(bps or iops)
+        self.ready_ns = -_BURST_NS
 
     def take(self, now_ns: int, size: int) -> None:
         """Charge one operation of `size` bytes."""
-        self._bytes.take(now_ns, size)
-        self._operations.take(now_ns, 1)
+        if self._any:  # most devices have no limit, and this is asked twice for each request
+            self._bytes.take(now_ns, size)
+            self._operations.take(now_ns, 1)
+            self.ready_ns = max(self._bytes.ready_ns, self._operations.ready_ns)

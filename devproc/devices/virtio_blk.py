@@ -8,6 +8,7 @@ LIFETIME and ZONED; and the legacy interface.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
@@ -61,8 +62,9 @@ DISCARD_ALIGNMENT: Final = 4096
 
 _NEEDS: Final = {Type.DISCARD: F_DISCARD, Type.WRITE_ZEROES: F_WRITE_ZEROES}
 """The feature that has to be negotiated for a type."""
-_TYPES: Final = frozenset(Type)
-_COUNTED: Final = (*(t.name.lower() for t in Type), "refused_requests", "host_errors")
+_TYPES: Final = {int(t): t for t in Type}
+_COUNTER: Final = {t: t.name.lower() for t in Type}
+_COUNTED: Final = (*_COUNTER.values(), "refused_requests", "host_errors")
 _TURN: Final = 1 << 22  # bytes of one queue before accesses and other queues get their turn
 _LOGGED_MAX: Final = 10
 
@@ -202,6 +204,20 @@ class VirtioBlk(VirtioDevice):
     def read_write_zeroes_may_unmap(self) -> int:
         return int(self._sparse)
 
+    def set(self, _name: str, value: int) -> None:
+        size = value * SECTOR
+        before = self._disk.size
+        if size == before:
+            return
+        try:
+            if size < before:
+                raise OSError(errno.EINVAL, "a disk does not become smaller")
+            self._disk.extend(size)
+        except OSError as e:
+            self._log(f"it keeps its {before} bytes, not {size}: {e.strerror}")
+            return
+        self.config_changed()
+
     # -- queues
 
     def on_queue(self, index: int) -> None:
@@ -228,10 +244,11 @@ class VirtioBlk(VirtioDevice):
         size = 0
         try:
             request = self._parse(chain)
-            size = sum(span.size for span in request.data)
+            if request.data:
+                size = request.size
             self._carry_out(request)
             status = S_OK
-            self._counts[request.type.name.lower()] += 1
+            self._counts[_COUNTER[request.type]] += 1
         except _Refused as e:
             status = e.status
             self._counts["refused_requests"] += 1
@@ -240,8 +257,8 @@ class VirtioBlk(VirtioDevice):
             self._counts["host_errors"] += 1
             if self._counts["host_errors"] <= _LOGGED_MAX:
                 self._log(f"a request failed: {e.strerror}")
-        (status_at,) = part(chain.writable, chain.write_size - 1, 1)
-        self.memory.write(status_at.gpa, bytes((status,)))
+        last = chain.writable[-1]
+        self.memory.write(last.gpa + last.size - 1, bytes((status,)))
         # 2.7.8.2: from the first byte on, so the status counts only when the data before it are there.
         self.push(index, chain, chain.write_size if status == S_OK or chain.write_size == 1 else 0)
         self._limit.take(self._clock(), size)
@@ -250,23 +267,24 @@ class VirtioBlk(VirtioDevice):
     def _parse(self, chain: Chain) -> Request:
         """Raises _Refused."""
         number, _, sector = HEADER.unpack(self.memory.copy_out(chain.readable, HEADER.size))
-        if number not in _TYPES or _NEEDS.get(kind := Type(number), 0) & ~self.features:
+        kind = _TYPES.get(number)
+        if kind is None or _NEEDS.get(kind, 0) & ~self.features:
             raise _Refused(S_UNSUPP)
         if self._read_only and kind is Type.OUT:
             raise _Refused(S_IOERR)
         sent, asked = chain.read_size - HEADER.size, chain.write_size - 1
-        inward = kind in (Type.IN, Type.GET_ID)
+        inward = kind is Type.IN or kind is Type.GET_ID
         if asked if not inward else sent:
             raise _Refused(S_IOERR)
         size = asked if inward else sent
         data = part(chain.writable, 0, size) if inward else part(chain.readable, HEADER.size, size)
         match kind:
+            case Type.IN | Type.OUT if not size % SECTOR and size <= DATA_MAX:
+                return Request(kind, self._place(sector, size), size, data)
             case Type.FLUSH if not size:
                 return Request(kind, 0, 0, ())
             case Type.GET_ID if size <= ID_SIZE:
                 return Request(kind, 0, size, data)
-            case Type.IN | Type.OUT if not size % SECTOR and size <= DATA_MAX:
-                return Request(kind, self._place(sector, size), size, data)
             case Type.DISCARD | Type.WRITE_ZEROES if size == RANGE.size:
                 sector, sectors, flags = RANGE.unpack(self.memory.copy_out(data, size))
                 if flags & ~(UNMAP if kind is Type.WRITE_ZEROES else 0):
@@ -316,3 +334,6 @@ class VirtioBlk(VirtioDevice):
 
     def restore(self, data: bytes) -> None:
         self.restore_transport(state.unpack(BlkState, data).transport)
+
+    def counters(self) -> dict[str, int]:
+        return {**super().counters(), "capacity": self.read_capacity()}

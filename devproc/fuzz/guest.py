@@ -9,7 +9,7 @@ at until RESTART.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any, Final
 
@@ -51,7 +51,6 @@ class Guest:
         self._pci = PciDriver(model, memory, BASE, EXTENT)
         self._start(0, _SIZE)
         self._end = BASE + EXTENT * len(self._pci.queues)
-        self._memory = memory.read(0, self._end)
 
     def _start(self, choice: int, size: int) -> None:
         features = self._pci.offered()
@@ -63,9 +62,13 @@ class Guest:
         self._pci.start(features | spec.F_VERSION_1, size=size)
         self.spoilt = self._discards  # the rings may be what the guest has given away
 
-    def reset(self) -> None:
-        """Memory as after the start; the driver's and the model's own state are the snapshot's."""
-        self.memory.write(0, self._memory)
+    def rings(self) -> bytes:
+        """The part of memory that the driver uses."""
+        return self.memory.read(0, self._end)
+
+    def reset(self, rings: bytes) -> None:
+        """Memory as it was; the driver's and the model's own state are the snapshot's."""
+        self.memory.write(0, rings)
 
     def write(self, space: int, offset: int, size: int, data: int) -> None:
         """A register access of the guest's, past the driver."""
@@ -85,19 +88,13 @@ class Guest:
         room = [n for n in (write, write_more) if n]
         indirect = twist == Twist.INDIRECT and not self.spoilt
         needed = 1 if indirect else len(parts) + len(room)
-        if not size or size + _TABLES > self._room(index) or needed > min(queue.free, queue.size):
+        if not size or size + _TABLES > queue.left or needed > queue.free:
             return
         if twist in (Twist.PLAIN, Twist.INDIRECT) or not isinstance(queue, SplitDriver):
             queue.request(*parts, *room, indirect=indirect)
             return
         self.spoilt = True
         _twisted(queue, twist, [queue.place(p) for p in parts], [queue.room(n) for n in room])
-
-    def _room(self, index: int) -> int:
-        """Bytes for buffers that the queue has left."""
-        queue = self._pci.queues[index]
-        used = queue.room(0).gpa - (BASE + index * EXTENT)
-        return EXTENT - used
 
     def kick(self, index: int, *, look: bool) -> list[tuple[int, int, int]]:
         """Notify a queue; what was used, as (queue, id, written).  `look`: at all of memory, too.
@@ -109,31 +106,33 @@ class Guest:
         if index >= len(queues):
             return []
         look = look and not self.spoilt and not self._discards
-        before = bytearray(self.memory.read(0, self._end)) if look else bytearray()
+        before = bytearray(self.rings()) if look else bytearray()
         allowed = [span for queue in queues for span in _writable(queue)] if look else []
         self._kick(index)
         if look:
             self._compare(before, allowed)
-        return self.reap()
+        # Where the device has nothing, it takes a kick to see that it has used something.
+        return self.reap(n for n, q in enumerate(queues) if look or n == index or q.outstanding)
 
     def _compare(self, before: bytearray, allowed: list[Span]) -> None:
-        now = self.memory.read(0, self._end)
+        now = self.rings()
         for gpa, size in allowed:
             before[gpa : gpa + size] = now[gpa : gpa + size]
         if before != now:
             at = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
             raise Finding("memory", f"the device has written to {at:#x}, which is not its to write")
 
-    def reap(self) -> list[tuple[int, int, int]]:
-        """What the device has used since; raises Finding."""
+    def reap(self, indices: Iterable[int]) -> list[tuple[int, int, int]]:
+        """What the device has used since of these queues; raises Finding."""
         if self.spoilt:
             return []
+        queues = self._pci.queues
         try:
-            found = [(n, u.id, u.written) for n, queue in enumerate(self._pci.queues) for u in queue.used()]
+            found = [(n, u.id, u.written) for n in indices for u in queues[n].used()]
         except AssertionError as e:
             raise Finding("used", str(e)) from None
         for n in {n for n, _, _ in found}:
-            self._pci.queues[n].interrupts(1)
+            queues[n].interrupts(1)
         return found
 
     def restart(self, choice: int, shift: int) -> None:

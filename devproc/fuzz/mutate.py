@@ -31,7 +31,8 @@ from devproc.wire import SIZES
 
 LENGTH_MAX: Final = 32 * RECORD.size  # of what mutation makes: short inputs are quick, and are read by people
 _SIZE: Final = RECORD.size
-_SLOW: Final = 0.002  # how many of the operations are those that cost as much as a hundred others
+_SLOW: Final = 0.001  # how many of the operations are those that cost as much as a hundred others
+_RESTART: Final = bytes([Op.RESTART])
 _NS: Final = 10**9
 _TIMES: Final = (0, 1, 1_000, 30_518, 122_071, 1_000_000, 20_000_000, _NS - 1, _NS, 61 * _NS, 86_400 * _NS)
 _TEXTS: Final = (b"a", b"\r", b"\x03", b"\x00\xff", b"typed at once", bytes(range(40)))
@@ -81,8 +82,11 @@ class Mutator:
         slow = [[Record(Op.SAVE)], *([Record(Op.REPEAT, data=n)] for n in (17, 100, 200))]
         for write in {w[:8]: w for w in writes}.values():  # each register once
             slow.append([Record(*RECORD.unpack(write)), Record(Op.REPEAT, data=3000)])
+        self._starts: list[bytes] = []
         if entry.virtio is not None:
-            slow += [[Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(16)]
+            starts = [[Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(16)]
+            self._starts = [encode(r) for r in starts]
+            slow += starts
         self._slow = [encode(r) for r in slow]
 
     def _accesses(self, tables: Sequence[Table], numbers: list[int]) -> tuple[list[bytes], list[bytes]]:
@@ -131,8 +135,11 @@ class Mutator:
         return [(18, right), (2, wrong), (1, kicks)]
 
     def fresh(self) -> bytes:
-        """A new input."""
-        return b"".join(self._snippet() for _ in range(1 + int(self.random() * 8)))
+        """A new input; that of a virtio device may begin with how its driver starts it."""
+        start = b""
+        if self._starts and self.random() < 0.5:
+            start = self._starts[int(self.random() * len(self._starts))]
+        return start + b"".join(self._snippet() for _ in range(1 + int(self.random() * 8)))
 
     def _snippet(self) -> bytes:
         rnd = self.random
@@ -141,6 +148,13 @@ class Mutator:
 
     def mutate(self, data: bytes, other: bytes) -> bytes:
         """`data` changed in one to eight places; parts of `other` may be in it."""
+        rnd = self.random
+        start = b""
+        if data[:1] == _RESTART and rnd() < 0.95:  # it costs most where it is not the first
+            start, data = data[:_SIZE], data[_SIZE:]
+        return (start + self._mutated(data, other))[:LENGTH_MAX]
+
+    def _mutated(self, data: bytes, other: bytes) -> bytes:
         rnd = self.random
         while True:
             count = len(data) // _SIZE
@@ -166,7 +180,7 @@ class Mutator:
                 take = int(rnd() * (len(other) // _SIZE + 1)) * _SIZE
                 data = data[:at] + other[take:]
             if rnd() < 0.45:
-                return data[:LENGTH_MAX]
+                return data
 
     def _changed(self, record: bytes) -> bytes:
         """One record with another value, size or place."""

@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """One buffer of the driver; a tuple, because making a frozen dataclass takes three times as long.
+    """One buffer of the driver; a tuple, because a frozen dataclass takes more than twice as long to make.
 
     `id` is what the used element will carry; `read_size` and `write_size` are bytes in total;
     `descriptors` is how many the chain takes in the ring itself (an indirect table is one).
@@ -169,15 +169,19 @@ class Areas:
 
 def part(spans: Iterable[Span], offset: int, size: int) -> tuple[Span, ...]:
     """Bytes [offset, offset + size) of what `spans` are one after the other; shorter where they end."""
-    found = []
-    for gpa, length in spans:
-        if offset < length:
-            count = min(length - offset, size)
-            if count <= 0:
-                break
-            found.append(Span(gpa + offset, count))
-            size -= count
+    found: list[Span] = []
+    for span in spans:
+        gpa, length = span
+        if offset >= length:
+            offset -= length
+            continue
+        if size <= 0:
+            break
+        if offset or length > size:
+            length = min(length - offset, size)
+            found.append(Span(gpa + offset, length))
             offset = 0
         else:
-            offset -= length
+            found.append(span)
+        size -= length
     return tuple(found)

@@ -278,10 +278,11 @@ def test_inta_is_a_level_that_the_isr_status_takes_down(boot: Boot, irqchip: str
         assert within_patience(lambda n=count: guest.interrupts(vector) >= n)  # type: ignore[misc]
     assert guest.causes() == spec.ISR_QUEUE
     assert driver.isr() == 0
-    # Some kernels ask the source again before the guest has ended the interrupt: then one more comes, without
-    # a cause.  Not one without end.
+    # Some kernels' IOAPIC (a nested 6.18) asks the source again before the guest has ended the interrupt:
+    # then one more comes each time, without a cause.
+    spurious = 1 if (irqchip, by) == ("kernel", "ioapic") else 0
     settled = guest.interrupts(vector)
-    assert 3 <= settled <= 6
+    assert 3 <= settled <= 3 + 3 * spurious
     # What comes while the line is masked waits there.
     if by == "ioapic":
         redirect(guest, LEVEL | ACTIVE_LOW | 1 << 16 | VECTOR)
@@ -289,7 +290,7 @@ def test_inta_is_a_level_that_the_isr_status_takes_down(boot: Boot, irqchip: str
         assert guest.interrupts(vector) == settled
         redirect(guest, LEVEL | ACTIVE_LOW | VECTOR)
         assert within_patience(lambda: guest.interrupts(vector) > settled)
-        assert guest.interrupts(vector) <= settled + 2
+        assert guest.interrupts(vector) <= settled + 1 + spurious
     assert guest.power_off() == 0
 
 

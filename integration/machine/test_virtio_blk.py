@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -144,6 +145,46 @@ def test_a_second_vm_is_refused_the_image_in_one_line(start: Callable[..., Disk]
     assert second.code == 35
     assert second.errors == f"vmsup: --block {image}: another program uses it\n"
     assert disk.guest.power_off() == 0
+
+
+def resize(disk: Disk, name: str, size: int) -> subprocess.CompletedProcess[str]:
+    command = vm.command("resize", str(disk.vmsup.socket), name, str(size))
+    return subprocess.run(command, capture_output=True, text=True, cwd=vm.ROOT, check=False)
+
+
+def test_a_disk_becomes_larger_while_its_guest_uses_it(start: Callable[..., Disk], image: Path) -> None:
+    before = image.read_bytes()
+    disk = start(f"{image},max-size={3 * SIZE}")
+    assert disk.ask(Type.OUT, SIZE // 512, bytes(512)) == bytes([S_IOERR])
+    done = resize(disk, "block1", 2 * SIZE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert disk.driver.config(0, 4) == 2 * SIZE // 512
+    assert disk.ask(Type.OUT, 2 * SIZE // 512 - 1, b"last" * 128) == bytes([S_OK])
+    assert image.read_bytes() == before + bytes(SIZE - 512) + b"last" * 128
+    for name, size, why in (
+        ("block1", 4 * SIZE, f"block1: expected at most its max-size= of {3 * SIZE} bytes, not {4 * SIZE}"),
+        ("block2", SIZE, "this VM has no disk 'block2', expected one of: block1"),
+    ):
+        refused = resize(disk, name, size)
+        assert refused.returncode == 35
+        assert refused.stderr.endswith(why + "\n")
+    assert disk.guest.power_off() == 0
+    assert image.stat().st_size == 2 * SIZE
+
+
+@NEEDS_QEMU_IMG
+def test_a_qcow2_disk_becomes_larger_and_its_image_as_it_is_written(
+    start: Callable[..., Disk], qcow2: Path
+) -> None:
+    disk = start(f"{qcow2},format=qcow2,max-size={1 << 30}")
+    assert resize(disk, "block1", 1 << 30).returncode == 0
+    assert disk.ask(Type.OUT, (1 << 30) // 512 - 1, b"last" * 128) == bytes([S_OK])
+    assert disk.guest.power_off() == 0
+    subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", str(qcow2)], check=True)
+    info = subprocess.run(
+        ["qemu-img", "info", "--output=json", str(qcow2)], check=True, capture_output=True
+    ).stdout
+    assert json.loads(info)["virtual-size"] == 1 << 30
 
 
 @NEEDS_QEMU_IMG

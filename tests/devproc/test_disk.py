@@ -189,6 +189,15 @@ def test_an_extended_image_has_zeros_at_its_end(image: Image) -> None:
     assert image.disk.length == SIZE + 5000
 
 
+def test_what_the_host_has_made_longer_keeps_what_is_there(image: Image) -> None:
+    with image.path.open("ab") as file:
+        file.write(b"new" * 1000)
+    image.expected += b"new" * 1000
+    image.disk.extend(SIZE + 5 * SECTOR)
+    assert image.disk.size == SIZE + 5 * SECTOR
+    assert image.holds_what_it_should()
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     write=st.booleans(),

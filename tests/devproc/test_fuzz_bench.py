@@ -242,6 +242,31 @@ def test_a_virtio_bench_finds_nothing_in_a_device_as_it_is_and_resets_as_new(nam
     assert bench.model.save() == fresh
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_follows_a_mark_is_what_followed_it_before(packed: bool) -> None:
+    entry = CATALOG["virtio-rng"]
+    first = input_of(entry, f"restart {8 if packed else 0:#x} 1")
+    rest = input_of(entry, "chain 0 0 0 64 0 plain; kick 0; read BAR0 0x12 2; chain 0 0 0 5 0 plain; kick 0")
+    bench = bench_of(entry)
+    whole: list[Step] = []
+    bench.run(first + rest, whole)
+    bench.reset()
+    bench.run(first)
+    bench.mark(first)
+    for _ in range(2):  # the second time from what the first has left
+        steps: list[Step] = []
+        bench.run(rest, steps)
+        assert steps == whole[1:]
+        bench.reset(first)
+    assert [s.used for s in whole[1:]] == [
+        [],
+        [(0, whole[2].used[0][1], 64)],
+        [],
+        [],
+        [(0, whole[5].used[0][1], 5)],
+    ]
+
+
 @pytest.mark.parametrize("name", VIRTIO)
 def test_virtio_inputs_are_canonical_and_have_a_text(name: str) -> None:
     entry = CATALOG[name]

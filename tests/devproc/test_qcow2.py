@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import shutil
@@ -351,6 +352,76 @@ def test_no_image_makes_it_raise_anything_but_its_errors(make: Make, seed: int) 
     os.close(fd)
 
 
+@pytest.mark.parametrize(
+    ("options", "old", "new"),
+    [
+        ("", SIZE, 3 << 30),  # six entries in the L1 table instead of one
+        ("compat=0.10", SIZE, 1 << 30),
+        ("cluster_size=4k", SIZE - 3 * SECTOR, SIZE),
+        ("cluster_size=2M", SIZE - 3 * SECTOR, SIZE + SECTOR),
+        ("refcount_bits=64", SIZE, SIZE + 3 * SECTOR),
+    ],
+)
+def test_a_larger_disk_has_zeros_at_its_end(make: Make, options: str, old: int, new: int) -> None:
+    image = Image(make(options, old), bytes(old))
+    image.write(old - 4096, content(1, 4096))
+    assert image.disk.size == old
+    image.disk.extend(new)
+    assert image.disk.size == new
+    image.write(old - SECTOR, content(2, 2 * SECTOR))
+    last = content(3, SECTOR)
+    image.disk.write(new - SECTOR, [memoryview(last)])
+    assert image.read(old + SECTOR, SECTOR) == bytes(SECTOR)
+    image.disk.close()
+    os.close(image.fd)
+    qemu_img("check", "-f", "qcow2", image.path)
+    assert json.loads(qemu_img("info", "--output=json", image.path))["virtual-size"] == new
+    again = Image(image.path, b"")
+    assert again.read(old - 4096, 4096 - SECTOR) == content(1, 4096)[:-SECTOR]
+    assert again.read(new - SECTOR, SECTOR) == last
+    os.close(again.fd)
+
+
+def test_what_lay_hidden_behind_the_end_of_a_disk_is_zeros_when_it_grows(make: Make) -> None:
+    image = Image(make("", SIZE), bytes(SIZE))
+    image.write(SIZE - 4096, content(1, 4096))
+    image.finish()
+    with image.path.open("r+b") as file:
+        file.seek(24)
+        file.write((SIZE - 2048).to_bytes(8, "big"))
+    shorter = Image(image.path, bytes(image.expected[:-2048]))
+    shorter.disk.extend(SIZE)
+    shorter.expected += bytes(2048)
+    shorter.finish()
+
+
+def test_a_disk_that_its_tables_cannot_hold_keeps_its_size(make: Make) -> None:
+    image = Image(make("cluster_size=4k"), bytes(SIZE))
+    with pytest.raises(OSError, match="without room in its tables: qemu-img resize"):
+        image.disk.extend(1 << 40)
+    image.finish()
+
+
+def test_a_disk_with_snapshots_or_with_more_below_keeps_its_size(make: Make, tmp_path: Path) -> None:
+    path = make()
+    qemu_img("snapshot", "-c", "one", path)
+    with pytest.raises(OSError, match="with snapshots keeps its size"):
+        Image(path, b"").disk.extend(2 * SIZE)
+    base = tmp_path / "base"
+    base.write_bytes(content(1))
+    path = make("", SIZE // 2, "-b", base, "-F", "raw")
+    with (
+        base.open("rb") as file,
+        pytest.raises(OSError, match="hides a part of its backing keeps its size"),
+    ):
+        Image(path, b"", Disk(file.fileno())).disk.extend(SIZE)
+
+
+def test_a_disk_for_reading_keeps_its_size(make: Make) -> None:
+    with pytest.raises(OSError, match="read-only"):
+        Image(make(), b"", read_only=True).disk.extend(2 * SIZE)
+
+
 class PowerCut(Exception):
     """After this many writes."""
 
@@ -428,6 +499,25 @@ def test_a_power_cut_leaves_no_damage_and_what_was_flushed(make: Make, seed: int
     for sector in set(range(SIZE // SECTOR)) - touched:
         at = sector * SECTOR
         assert found[at : at + SECTOR] == flushed[at : at + SECTOR], sector
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_power_cut_leaves_the_old_size_or_the_new_one(make: Make, seed: int) -> None:
+    rng = random.Random(seed)
+    old, new = SIZE - SECTOR, 3 << 30
+    image = Image(make("", old), bytes(old))
+    image.write(old - 4096, content(1, 4096))
+    image.finish()
+    file = Unstable(image.path.read_bytes(), seed // 2)
+    with contextlib.suppress(PowerCut):
+        Qcow2(file).extend(new)
+    image.path.write_bytes(file.after_power_cut(rng))
+    after = Image(image.path, bytes(image.expected))
+    assert after.disk.size in (old, new)
+    after.expected += bytes(min(SIZE, after.disk.size) - old)
+    assert after.read(0, len(after.expected)) == after.expected
+    os.close(after.fd)
+    qemu_img("check", "-f", "qcow2", image.path)
 
 
 def play_until_it_ends(disk: Qcow2, rng: random.Random, flushed: bytearray, touched: set[int]) -> None:

@@ -169,6 +169,34 @@ def test_the_balloons_counters_are_those_of_after_the_question(tmp_path):
     janitor.finish()
 
 
+@pytest.mark.parametrize("becomes", [16, 8])
+def test_a_disk_is_waited_for_until_it_has_its_new_size(tmp_path, monkeypatch, becomes):
+    monkeypatch.setattr(control, "_TIMEOUT_S", 5.0 if becomes == 16 else 0.2)
+    capacities, sizes = [8, 8], []
+
+    def resize(request):
+        if "size" in request:
+            sizes.append((request["disk"], request["size"]))
+            return {}
+        return {"counters": {"capacity": capacities.pop() if capacities else becomes}}
+
+    janitor = Janitor.start()
+    path = str(tmp_path / "vm.sock")
+    vm = ControlServer(path, {"resize": resize}, janitor)
+
+    def ask():
+        if becomes == 16:
+            control.resize(path, "block1", 8192)
+            return
+        with pytest.raises(ConfigError, match="block1 has 4096 bytes still"):
+            control.resize(path, "block1", 8192)
+
+    in_background(vm, ask)
+    assert sizes == [("block1", 8192)]
+    vm.close()
+    janitor.finish()
+
+
 def test_a_path_that_is_taken_is_refused_and_kept(tmp_path):
     path = tmp_path / "taken"
     path.write_text("mine")

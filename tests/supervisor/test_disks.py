@@ -15,7 +15,7 @@ import pytest
 
 from kvmcore.errors import ConfigError
 from supervisor.config import BlockConfig
-from supervisor.disks import open_disk
+from supervisor.disks import check_size, open_disk
 from supervisor.host import Host, Opened
 from supervisor.janitor import Janitor
 
@@ -60,6 +60,36 @@ def test_an_image_comes_with_the_size_it_may_have(opens: Opener, image: Path) ->
     opened = opens(image)
     assert opened.params == (1 << 20,)
     assert flags(opened) & os.O_ACCMODE == os.O_RDWR
+
+
+def test_an_image_may_become_as_large_as_its_max_size(opens: Opener, image: Path) -> None:
+    assert opens(image, max_size=5 << 20).params == (5 << 20,)
+    smaller = image.with_name("smaller")
+    smaller.write_bytes(bytes(1 << 20))
+    assert opens(smaller, max_size=512).params == (1 << 20,)
+
+
+@pytest.mark.parametrize(
+    ("size", "keys", "why"),
+    [
+        (4 << 20, {}, None),
+        ((4 << 20) + 512, {}, "at most its max-size= of 4194304 bytes, not 4194816"),
+        (4097, {}, "a multiple of 512 bytes, not 4097"),
+        (512, {"block_size": 4096}, "a multiple of 4096 bytes"),
+        (512, {"direct": True}, "a multiple of 4096 bytes"),
+        (0, {}, "a multiple of 512 bytes, not 0"),
+        (-512, {}, "a multiple of 512 bytes"),
+        ("4M", {}, "expected bytes, not '4M'"),
+        (True, {}, "expected bytes"),
+    ],
+)
+def test_sizes_that_a_disk_cannot_have_are_refused(size: object, keys: Any, why: str | None) -> None:
+    said = check_size(BlockConfig("disk", max_size=4 << 20, **keys), size)
+    assert said is None if why is None else said is not None and why in said
+
+
+def test_a_disk_without_max_size_keeps_its_size() -> None:
+    assert check_size(BlockConfig("disk"), 512) == "expected at most its max-size= of 0 bytes, not 512"
 
 
 def test_a_read_only_image_is_opened_for_reading(opens: Opener, image: Path) -> None:

@@ -108,6 +108,16 @@ def test_what_reaches_more_is_kept_and_a_later_campaign_begins_with_it(tmp_path:
     assert set().union(*reached) == first.covered
 
 
+def test_how_a_driver_starts_a_device_counts_each_time(tmp_path: Path) -> None:
+    start = encode([Record(Op.RESTART, size=4, offset=8), Record(Op.KICK)])
+    plan = Plan("virtio-rng", crashes=tmp_path, mode=jail.Mode.NONE)
+    with Campaign(plan, nothing) as campaign:
+        first, again = campaign.blocks_of([start, start])
+        reached = {campaign.result.blocks[n].function for n in again}
+    assert first == again
+    assert {"PackedQueue.__init__", "VirtioDevice._reset"} <= reached
+
+
 def test_the_bench_is_the_device_behind_the_wire(tmp_path: Path) -> None:
     text = {
         "serial": "write PORT 0x4 1 0xa\nwrite PORT 0x2 1 0x1\nwrite PORT 0x1 1 0x3\ninput 616263\n"

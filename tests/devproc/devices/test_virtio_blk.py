@@ -469,6 +469,46 @@ def test_a_limited_disk_goes_on_after_it_is_restored(bench: Any) -> None:
     assert served + len(guest.queue.used()) == 5
 
 
+def test_a_larger_disk_is_told_to_its_driver(guest: Guest) -> None:
+    generation = guest.driver.get(spec.CONFIG_GENERATION, 1)
+    guest.fill()
+    before = guest.content()
+    assert guest.status(IN, SECTORS, 512) == IOERR
+    guest.model.set("capacity", SECTORS + 8)
+    assert guest.bench.edges["irq0"] == 1
+    assert guest.driver.get(spec.CONFIG_GENERATION, 1) != generation
+    assert guest.driver.config(0, 4) == guest.model.counters()["capacity"] == SECTORS + 8
+    assert guest.content() == before + bytes(4096)
+    assert guest.status(OUT, SECTORS + 7, b"new!" * 128) == OK
+    assert guest.content()[-512:] == b"new!" * 128
+    assert guest.status(OUT, SECTORS + 8, bytes(512)) == IOERR
+
+
+def test_a_disk_does_not_become_smaller(guest: Guest) -> None:
+    guest.model.set("capacity", SECTORS - 1)
+    assert guest.driver.config(0, 4) == SECTORS
+    assert os.fstat(guest.image).st_size == SIZE
+    assert guest.bench.said == [
+        f"it keeps its {SIZE} bytes, not {SIZE - 512}: a disk does not become smaller"
+    ]
+    assert "irq0" not in guest.bench.edges
+
+
+def test_a_disk_that_is_as_large_already_tells_nobody(guest: Guest) -> None:
+    guest.disk.disk.length += 100  # no whole sector
+    guest.model.set("capacity", SECTORS)
+    assert "irq0" not in guest.bench.edges
+    assert guest.bench.said == []
+
+
+def test_a_host_without_room_leaves_the_disk_as_it_is(guest: Guest) -> None:
+    guest.disk.fails = errno.EFBIG
+    guest.model.set("capacity", SECTORS + 8)
+    assert guest.driver.config(0, 4) == SECTORS
+    assert guest.bench.said == [f"it keeps its {SIZE} bytes, not {SIZE + 4096}: File too large"]
+    assert "irq0" not in guest.bench.edges
+
+
 def test_what_was_done_is_counted(guest: Guest) -> None:
     guest.status(IN, 0, 512)
     guest.status(OUT, 0, bytes(512))
