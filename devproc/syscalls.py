@@ -7,6 +7,7 @@ Spec: the Linux manual pages, section 2, of the same names.  Left out: everythin
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import socket
 import struct
@@ -73,8 +74,11 @@ FALLOC_FL_ZERO_RANGE: Final = 0x10
 SECCOMP_SET_MODE_FILTER: Final = 1
 SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 
+_MAP_FIXED: Final = 0x10  # <asm-generic/mman-common.h>
+
 _NR: Final = {
     "close": 3,
+    "mmap": 9,
     "sendmsg": 46,
     "capset": 126,
     "pivot_root": 155,
@@ -169,6 +173,12 @@ def drop_capabilities(keep: int = 0) -> None:
 def close_range(first: int, last: int) -> None:
     """Close every descriptor in [first, last]."""
     _call("close_range", first, last, 0)
+
+
+def map_over(address: int, size: int, fd: int, offset: int) -> None:
+    """Have `size` bytes of the file `fd`, shared, in place of what is mapped at `address`."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    _call("mmap", address, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, offset)
 
 
 def mount_setattr(path: str, attributes: int) -> None:

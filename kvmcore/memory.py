@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 
 from kvmcore.errors import MemoryFault
 
-_MAP_NORESERVE = 0x4000  # <asm-generic/mman-common.h>; the mmap module has it from 3.13 on
+MAP_NORESERVE = 0x4000  # <asm-generic/mman-common.h>; the mmap module has it from 3.13 on
 _IOV_MAX_BYTES = 1 << 30  # one preadv moves less than 2 GiB
 
 
@@ -40,7 +40,7 @@ class GuestMemory:
         """Map `fd` and, unless that fails, take it over; see `create` and `attach`."""
         self.regions = tuple(sorted(regions))
         self.size = sum(r.size for r in self.regions)
-        self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED | _MAP_NORESERVE)
+        self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED | MAP_NORESERVE)
         self._view = memoryview(self._map)
         self._lock = threading.Lock()
         self.fd = fd

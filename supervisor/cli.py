@@ -27,6 +27,9 @@ console: Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends Ctrl-A; everything else goes 
 """
 
 
+_BACKENDS = {"block": "a disk", "net": "a network card", "rng": "a source of random numbers"}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -179,11 +182,25 @@ def _arguments() -> argparse.ArgumentParser:
     resize.add_argument("disk", metavar="NAME", help="block1 is the first --block")
     resize.add_argument("size", type=int, metavar="BYTES", help="up to its max-size=, never less than before")
 
-    device = verbs.add_parser("device", help="the catalogue of devices").add_subparsers(
-        dest="what", required=True
-    )
+    device = verbs.add_parser(
+        "device", help="the catalogue of devices; one for another program's VMM"
+    ).add_subparsers(dest="what", required=True)
     device.add_parser("list", help="every kind of device")
     device.add_parser("show", help="the registers of one").add_argument("name", metavar="NAME")
+    for name, text in _BACKENDS.items():
+        backend = device.add_parser(name, help=f"{text}, as a vhost-user back end", allow_abbrev=False)
+        backend.add_argument("-s", "--socket", metavar="PATH", required=True, help="where front ends find it")
+        if name != "rng":
+            backend.add_argument(
+                f"--{name}",
+                action="append",
+                metavar="KEY=VALUE,...",
+                required=True,
+                help=f"as vmsup run --{name}",
+            )
+        backend.add_argument(
+            "--no-jail", dest="jail", action="store_const", const="none", default="full", help="as vmsup run"
+        )
 
     policy = verbs.add_parser("policy", help="what system calls a device may make").add_subparsers(
         dest="what", required=True, metavar="WHAT"
@@ -494,6 +511,13 @@ def _device(args: argparse.Namespace) -> int:
         for entry in CATALOG.values():
             print(f"{entry.name:17} {entry.summary}")
         return 0
+    if args.what in _BACKENDS:
+        from supervisor import backend  # noqa: PLC0415
+
+        how = backend.serve(backend.build(args.what, vars(args)), complain)
+        if how.line is not None:
+            complain(how.line, level="error", event="end", exit_code=how.code)
+        return how.code
     if args.name not in CATALOG:
         raise ConfigError(f"device {args.name!r} is unknown, expected one of {', '.join(CATALOG)}")
     # In a process of its own: this one must never load device code.

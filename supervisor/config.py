@@ -409,14 +409,14 @@ _SCALARS = (
 )
 # Lists of tables, each on the command line an option that may be given several times.
 _Listed = type[SerialConfig] | type[BlockConfig] | type[NetConfig] | type[SharedDirConfig] | type[VsockConfig]
-_TABLES: Mapping[str, tuple[tuple[Key, ...], _Listed]] = {
+TABLES: Mapping[str, tuple[tuple[Key, ...], _Listed]] = {
     "serial": (SERIAL_KEYS, SerialConfig),
     "block": (BLOCK_KEYS, BlockConfig),
     "net": (NET_KEYS, NetConfig),
     "shared-dir": (SHARED_DIR_KEYS, SharedDirConfig),
     "vsock": (VSOCK_KEYS, VsockConfig),
 }
-_LISTS = ("params", *_TABLES)
+_LISTS = ("params", *TABLES)
 _FLOATS = ("device-timeout",)
 
 
@@ -449,7 +449,7 @@ def read_file(path: str) -> dict[str, Any]:
         if not isinstance(lists["params"], list) or not all(isinstance(p, str) for p in lists["params"]):
             raise ConfigError(f"{where}: params: expected a list of strings")
         result["params"] = tuple(lists["params"])
-    for name, (keys, kind) in _TABLES.items():
+    for name, (keys, kind) in TABLES.items():
         tables = lists.get(name, [])
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
             raise ConfigError(f"{where}: {name}: expected a list of tables")
@@ -468,7 +468,7 @@ def build(options: Mapping[str, Any]) -> RunConfig:
     """
     given = {k: v for k, v in options.items() if v is not None and k != "config"}
     settings = read_file(options["config"]) if options.get("config") else {}
-    for name, (keys, kind) in _TABLES.items():
+    for name, (keys, kind) in TABLES.items():
         at = f"--{name}"
         field_name = name.replace("-", "_")
         texts = given.get(field_name, ())

@@ -99,7 +99,7 @@ class _Launch:
             program = "devproc.fuzz.recording" if recordings else "devproc.child"
             filters = recorder.filters if recorder else None
             nursery = zygote.start(machine.kinds(config), filters, program, mode)
-            self.undo.callback(_end_zygote, nursery)
+            self.undo.callback(end_zygote, nursery)
         with step("open /dev/kvm"):
             kvm = self.undo.enter_context(Kvm())
             kvm.require(probe.REQUIRED)
@@ -320,7 +320,7 @@ class _Launch:
         self, spawner: Spawner, instances: Sequence[Instance], mode: jail.Mode, recorder: Recorder | None
     ) -> list[Proxy]:
         proxies: list[Proxy] = []
-        self.undo.callback(_end_devices, proxies)
+        self.undo.callback(end_devices, proxies)
         self.undo.callback(spawner.close)
         for instance in instances:
             proxies.append(spawner.spawn(instance))
@@ -424,13 +424,13 @@ def _resize(host: Host, proxies: Sequence[Proxy]) -> None:
         console.set("size", size.columns | size.lines << 16 | host.window << 32)
 
 
-def _end_zygote(nursery: Zygote) -> None:
+def end_zygote(nursery: Zygote) -> None:
     nursery.close()
     with contextlib.suppress(ChildProcessError):  # reaped already
         os.waitpid(nursery.pid, 0)
 
 
-def _end_devices(proxies: Sequence[Proxy]) -> None:
+def end_devices(proxies: Sequence[Proxy]) -> None:
     """What the run loop did not get to see the end of, because the start failed."""
     for proxy in proxies:
         proxy.kill()

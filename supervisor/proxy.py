@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import time
@@ -118,6 +119,13 @@ class Proxy:
         except DeviceGone as e:
             raise DeviceDied(self.name, str(e)) from None
 
+    def read(self, space: Space, offset: int, size: int) -> int:
+        """What a register reads as.  Raises DeviceDied."""
+        try:
+            return self._core.read(self.index, space, offset, size)
+        except DeviceGone as e:
+            raise DeviceDied(self.name, str(e)) from None
+
     def config_write(self, offset: int, size: int, data: int) -> None:
         """`write` to configuration space."""
         self.write(Space.CONFIG, offset, size, data)
@@ -171,6 +179,33 @@ class Proxy:
                 self._asked_at_s = now_s
                 self._send(wire.Ping(self._token))
         elif now_s - self._asked_at_s >= self._timeout_s:
+            raise DeviceDied(self.name, f"hangs: no answer for {self._timeout_s:g} s")
+
+    def ask(self, message: wire.Message) -> wire.Message:
+        """What it answers; the caller waits, so this is for when no guest runs on it.
+
+        Raises:
+            DeviceDied: nothing sensible, in time.
+        """
+        until_s = time.monotonic() + self._timeout_s
+        while self.control.state != "serving":  # a Pong is due
+            self._wait(until_s)
+            self.on_control()
+        self._send(message)
+        while True:
+            self._wait(until_s)
+            try:
+                answer = self.control.recv()
+            except ChannelClosed:
+                raise DeviceDied(self.name, CLOSED) from None
+            except PeerError as e:
+                raise DeviceDied(self.name, f"broke the protocol: {e}") from None
+            if self.control.state == "serving":
+                return answer
+            self._take(answer)
+
+    def _wait(self, until_s: float) -> None:
+        if not select.select([self.control], [], [], max(0.0, until_s - time.monotonic()))[0]:
             raise DeviceDied(self.name, f"hangs: no answer for {self._timeout_s:g} s")
 
     # -- its settings and its counters

@@ -62,7 +62,7 @@ class RunLoop:
     """Owns the running VM's threads and device processes.
 
     Args:
-        proxies: every device process.
+        proxies: every device process; what is `watched` may change it.
         events: eventfds of "panic", "poweroff" and "reset", in the order in which they count.
         keyboard: the terminal, if the VM is interactive.
         resized: called when the terminal may have another size.
@@ -82,8 +82,7 @@ class RunLoop:
         zygote_pid: int,
     ) -> None:
         self._signals = signals
-        self.proxies = list(proxies)
-        self._by_pid = {p.pid: p for p in proxies}
+        self.proxies = proxies
         self._events = events
         self._keyboard = keyboard
         self._resized = resized
@@ -221,10 +220,18 @@ class RunLoop:
         while (fate := reaper.collect()) is not None:
             if fate.pid == self._zygote_pid and fate.over:
                 raise DeviceDied("zygote", fate.cause)
-            proxy = self._by_pid.get(fate.pid)
+            proxy = self._of(fate.pid)
             if proxy is not None:
                 proxy.reaped = proxy.reaped or fate.over
                 raise self._last_words(proxy, DeviceDied(proxy.name, fate.cause))
+
+    def _of(self, pid: int) -> Proxy | None:
+        return next((p for p in self.proxies if p.pid == pid), None)
+
+    def _reaped(self, pid: int) -> None:
+        proxy = self._of(pid)
+        if proxy is not None:
+            proxy.reaped = True
 
     def _last_words(self, proxy: Proxy, otherwise: DeviceDied) -> DeviceDied:
         """What a dead device still had to say: why it failed, or the call it was killed for."""
@@ -276,8 +283,8 @@ class RunLoop:
             fate = reaper.collect(0)
             if fate is None:
                 break
-            if fate.over and fate.pid in self._by_pid:
-                self._by_pid[fate.pid].reaped = True
+            if fate.over:
+                self._reaped(fate.pid)
         os.close(self._wakeup)
         os.close(self._wakeup_write)
 
@@ -301,5 +308,5 @@ class RunLoop:
                 else:
                     self._signals.take()
             while (fate := reaper.collect()) is not None:
-                if fate.pid in self._by_pid:
-                    self._by_pid[fate.pid].reaped = fate.over or self._by_pid[fate.pid].reaped
+                if fate.over:
+                    self._reaped(fate.pid)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import select
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,8 @@ from devproc.backends.kick import Kick
 from devproc.backends.output import BUFFER_MAX, WRITE_MAX, Output
 from devproc.backends.signal import Signal
 from devproc.ports import HostError
+from devproc.vhost import message
+from devproc.vhost.message import MemoryRegion, Request
 from kvmcore.memory import GuestMemory
 
 Pipe = tuple[int, int]
@@ -193,3 +196,41 @@ def test_guest_memory_of_another_size_is_refused() -> None:
 def test_entropy_gives_as_much_as_is_asked_for() -> None:
     assert len(entropy(16)) == 16
     assert entropy(16) != entropy(16)
+
+
+def test_guest_memory_of_another_vmm_is_in_pieces_of_files() -> None:
+    files = [os.memfd_create(name) for name in ("low", "high")]
+    for fd in files:
+        os.truncate(fd, 4 * 4096)
+    regions = (
+        MemoryRegion(1 << 32, 8192, 1, 4096),
+        MemoryRegion(0, 4096, 2, 0),
+        MemoryRegion(8192, 4096, 3, 0),
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        fds = files[0], files[0], files[1]
+        socket.send_fds(ours, [message.pack(Request.SET_MEM_TABLE, regions)], fds)
+        mapped = memory.attach(theirs.fileno(), 0, 0)
+    mapped.write(0, b"first")
+    mapped.write((1 << 32) + 8190, b"hi")
+    mapped.write(8192, b"gap")
+    assert (os.pread(files[0], 5, 0), os.pread(files[0], 2, 3 * 4096 - 2)) == (b"first", b"hi")
+    assert os.pread(files[1], 3, 0) == b"gap"
+    os.pwrite(files[1], b"seen", 100)
+    assert mapped.read(8192 + 100, 4) == b"seen"
+    for gpa, size in ((4096, 1), (4095, 2), (3 * 4096, 1), ((1 << 32) + 8192, 1)):
+        assert not mapped.holds(gpa, size)
+    for fd in files:
+        os.close(fd)
+
+
+def test_guest_memory_that_cannot_be_mapped_is_an_error() -> None:
+    read_only = os.open("/proc/self/exe", os.O_RDONLY)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        frame = message.pack(Request.SET_MEM_TABLE, (MemoryRegion(0, 4096, 0, 0),))
+        socket.send_fds(ours, [frame], [read_only])
+        with pytest.raises(PermissionError, match="mmap"):
+            memory.attach(theirs.fileno(), 0, 0)
+    os.close(read_only)
