@@ -38,9 +38,7 @@ def spawn(nursery: zygote.Zygote, number: int) -> tuple[float, float]:
     names = [f"serial{n}" for n in range(DEVICES)]
     opened = {name: Opened({"input": (quiet,), "output": (null,)}) for name in names}
     core = Core()
-    spawner = Spawner(
-        nursery, core, jail.Mode.FULL, 2.0, {}, -1, opened, print, _count=number * DEVICES
-    )
+    spawner = Spawner(nursery, core, jail.Mode.FULL, 2.0, {}, -1, opened, print, _count=number * DEVICES)
     began_s = time.monotonic()
     proxies = [spawner.spawn(Instance(name, CATALOG["serial"], gsi=4)) for name in names]
     for proxy in proxies:
@@ -70,7 +68,9 @@ def idle(rounds: int) -> list[float]:
     """Per cent of a core that a halted guest with twelve device processes costs, once per round."""
     with tempfile.TemporaryDirectory(prefix="vmsup-bench-") as directory, contextlib.ExitStack() as undo:
         elf, socket = Path(directory, "halt"), Path(directory, "socket")
-        subprocess.run(["as", "--64", "-I", GUESTS, "-o", f"{elf}.o", Path(__file__).with_name("halt.S")], check=True)
+        subprocess.run(
+            ["as", "--64", "-I", GUESTS, "-o", f"{elf}.o", Path(__file__).with_name("halt.S")], check=True
+        )
         subprocess.run(["ld", "-Ttext", "0x200000", "-e", "start", "-o", elf, f"{elf}.o"], check=True)
         words = vm.command("run", "-s", str(socket), "--irqchip", "split", "--rng", "--balloon", str(elf))
         process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=vm.ROOT)

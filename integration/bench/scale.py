@@ -83,9 +83,7 @@ def results() -> Iterator[Result]:
             beside += hammers.run(0)
     hammers.close()
     rates, tails = zip(*alone, strict=True)
-    yield Result.ratio(
-        "2 vCPUs: exits per second to 1", [a[0] + b[0] for a, b in both], rates, 1.9, "higher"
-    )
+    yield Result.ratio("2 vCPUs: exits per second to 1", [a[0] + b[0] for a, b in both], rates, 1.9, "higher")
     yield Result.ratio("2 vCPUs: p99 to 1", [max(a[1], b[1]) for a, b in both], tails, 1.5, "lower")
     yield Result.ratio(
         "1 vCPU beside a busy Python thread: exits per second to alone",
