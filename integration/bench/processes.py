@@ -1,13 +1,13 @@
 """What jailed devices cost to start and to keep: time, memory, and the processor of a VM that does nothing.
 
-Figures by themselves, in units; they hold for machines like the one that they are measured on.
+Figures by themselves, in units; they hold for machines like the one that they are measured on.  The guest
+(halt.S) halts at once, with interrupts off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -16,46 +16,49 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from devproc import jail, zygote
-from devproc.catalog import CATALOG
 from integration.bench.report import Result
 from integration.boot import vm
-from integration.machine.conftest import HERE as GUESTS
-from kvmcore.exitloop import Core
-from supervisor.host import Opened
-from supervisor.machine import Instance
-from supervisor.spawn import Spawner
 
+HERE: Final = Path(__file__).parent
+GUESTS: Final = HERE.parent / "machine"
 ROUNDS: Final = 9
-DEVICES: Final = 10
+DEVICES: Final = 10  # of a VM without options
 IDLE_S: Final = 10.0
 IDLE_ROUNDS: Final = 3
+SUPERVISOR: Final = "supervisor"
+BEFORE, SPAWN = "open what the devices work on", "spawn the devices"  # supervisor/launch.py
 
 
-def spawn(nursery: zygote.Zygote, number: int) -> tuple[float, float]:
-    """Milliseconds until ten serial devices are ready; their memory, MiB (PSS)."""
-    null, (quiet, typing) = os.open(os.devnull, os.O_RDWR), os.pipe()
-    names = [f"serial{n}" for n in range(DEVICES)]
-    opened = {name: Opened({"input": (quiet,), "output": (null,)}) for name in names}
-    core = Core()
-    spawner = Spawner(nursery, core, jail.Mode.FULL, 2.0, {}, -1, opened, print, _count=number * DEVICES)
-    began_s = time.monotonic()
-    proxies = [spawner.spawn(Instance(name, CATALOG["serial"], gsi=4)) for name in names]
-    for proxy in proxies:
-        proxy.await_ready(jail.Mode.FULL)
-    took_ms = (time.monotonic() - began_s) * 1e3
-    pss_kib = 0
-    for proxy in proxies:
-        rollup = Path(f"/proc/{proxy.pid}/smaps_rollup").read_text()
-        pss_kib += sum(int(kib) for kib in re.findall(r"^Pss: +(\d+)", rollup, re.MULTILINE))
-    for proxy in proxies:
-        proxy.kill()
-        os.waitpid(proxy.pid, 0)
-        proxy.close()
-    spawner.close()
-    for fd in (null, quiet, typing):
-        os.close(fd)
-    return took_ms, pss_kib / 1024
+@contextlib.contextmanager
+def halted(directory: str, *options: str) -> Iterator[tuple[dict[str, int], dict[str, float]]]:
+    """A VM: the pids of its devices and its own, by name, and how many ms after its start each step was done."""
+    elf, socket = Path(directory, "halt"), Path(directory, "socket")
+    if not elf.exists():
+        subprocess.run(["as", "--64", "-I", GUESTS, "-o", f"{elf}.o", HERE / "halt.S"], check=True)
+        subprocess.run(["ld", "-Ttext", "0x200000", "-e", "start", "-o", elf, f"{elf}.o"], check=True)
+    words = vm.command("run", "-v", "-s", str(socket), *options, str(elf))
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=vm.ROOT
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        rows = json.loads(subprocess.check_output(vm.command("ps", "--json", str(socket)), cwd=vm.ROOT))
+        steps: dict[str, float] = {}
+        while SPAWN not in steps:
+            said = re.fullmatch(r"vmsup: +([\d.]+) ms: (.*): done\n", process.stderr.readline().decode())
+            assert said is not None
+            steps[said[2]] = float(said[1])
+        yield {row["name"]: row["pid"] for row in rows} | {SUPERVISOR: process.pid}, steps
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def pss_mib(pids: list[int]) -> float:
+    """Proportional set size (smaps_rollup)."""
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    return sum(int(kib) for text in rollups for kib in re.findall(r"^Pss: +(\d+)", text, re.M)) / 1024
 
 
 def busy_ns(pids: list[int]) -> int:
@@ -64,37 +67,22 @@ def busy_ns(pids: list[int]) -> int:
     return sum(int(f.read_text().split()[0]) for f in files)
 
 
-def idle(rounds: int) -> list[float]:
-    """Per cent of a core that a halted guest with twelve device processes costs, once per round."""
-    with tempfile.TemporaryDirectory(prefix="vmsup-bench-") as directory, contextlib.ExitStack() as undo:
-        elf, socket = Path(directory, "halt"), Path(directory, "socket")
-        subprocess.run(
-            ["as", "--64", "-I", GUESTS, "-o", f"{elf}.o", Path(__file__).with_name("halt.S")], check=True
-        )
-        subprocess.run(["ld", "-Ttext", "0x200000", "-e", "start", "-o", elf, f"{elf}.o"], check=True)
-        words = vm.command("run", "-s", str(socket), "--irqchip", "split", "--rng", "--balloon", str(elf))
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=vm.ROOT)
-        undo.callback(process.communicate)
-        undo.callback(process.terminate)
-        assert process.stdout is not None
-        process.stdout.readline()
-        rows = json.loads(subprocess.check_output(vm.command("ps", "--json", str(socket)), cwd=vm.ROOT))
-        pids = [row["pid"] for row in rows]
-        print(f"idle: {', '.join(row['name'] for row in rows)}")
-        found = []
-        for _ in range(rounds):
-            began_s, before_ns = time.monotonic(), busy_ns(pids)
-            time.sleep(IDLE_S)
-            found.append((busy_ns(pids) - before_ns) / (time.monotonic() - began_s) / 1e7)
-        return found
-
-
 def results() -> Iterator[Result]:
-    jail.adopt_orphans()
-    nursery = zygote.start(("serial",))
-    took = [spawn(nursery, n) for n in range(ROUNDS)]
-    nursery.close()
-    times_ms, pss_mib = zip(*took, strict=True)
-    yield Result.of("spawn of 10 jailed devices", times_ms, 30, "lower", "ms")
-    yield Result.of("memory of 10 jailed devices", pss_mib, 35, "lower", "MiB PSS")
-    yield Result.of("idle VM", idle(IDLE_ROUNDS), 1, "lower", "% of a core")
+    times_ms, memory_mib, idle = [], [], []
+    with tempfile.TemporaryDirectory(prefix="vmsup-bench-") as directory:
+        for _ in range(ROUNDS):
+            with halted(directory) as (pids, steps):
+                devices = [pid for name, pid in pids.items() if name != SUPERVISOR]
+                assert len(devices) == DEVICES, pids
+                times_ms.append(steps[SPAWN] - steps[BEFORE])
+                memory_mib.append(pss_mib(devices))
+        with halted(directory, "--irqchip", "split", "--balloon") as (pids, _):
+            assert len(pids) - 1 == 12, pids
+            for _ in range(IDLE_ROUNDS):
+                began_ns, before_ns = time.monotonic_ns(), busy_ns([*pids.values()])
+                time.sleep(IDLE_S)
+                busy = busy_ns([*pids.values()]) - before_ns
+                idle.append(100 * busy / (time.monotonic_ns() - began_ns))
+    yield Result.of(f"spawn of {DEVICES} jailed devices", times_ms, 30, "lower", "ms")
+    yield Result.of(f"memory of {DEVICES} jailed devices", memory_mib, 35, "lower", "MiB (PSS)")
+    yield Result.of("idle VM with 12 devices", idle, 1, "lower", "% of a core")
