@@ -31,7 +31,7 @@ BEFORE, SPAWN = "open what the devices work on", "spawn the devices"  # supervis
 
 @contextlib.contextmanager
 def halted(directory: str, *options: str) -> Iterator[tuple[dict[str, int], dict[str, float]]]:
-    """A VM: the pids of its devices and its own, by name, and how many ms after its start each step was done."""
+    """A VM: pids by name, its devices' and its own, and how many ms after its start each step was done."""
     elf, socket = Path(directory, "halt"), Path(directory, "socket")
     if not elf.exists():
         subprocess.run(["as", "--64", "-I", GUESTS, "-o", f"{elf}.o", HERE / "halt.S"], check=True)
