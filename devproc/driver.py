@@ -21,6 +21,7 @@ from kvmcore.memory import GuestMemory
 _DESC: Final = Struct("<QIHH")  # address, length, and the last two as the format has them
 _ADDR_LEN_ID: Final = Struct("<QIH")
 _USED_ELEM: Final = Struct("<II")
+_RESET_READS: Final = 100_000
 
 
 class Used(NamedTuple):
@@ -404,9 +405,9 @@ class PciDriver:
         return low | high << 32
 
     def reset(self) -> None:
-        """Reset the device, which must be done at once."""
+        """Reset the device, and wait until it is done (4.1.4.3.2)."""
         self.put(spec.DEVICE_STATUS, 1, 0)
-        if self.status:
+        if all(self.status for _ in range(_RESET_READS)):
             raise NotReady(f"status {self.status:#x} after a reset")
         self.queues = []
 
