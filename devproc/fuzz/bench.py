@@ -144,6 +144,8 @@ class Bench:
                 return host.Exchange()
             case "line":
                 return host.Line()
+            case "back-end":
+                return host.BackEnd()
             case _:
                 return host.Disk(0 if d.name == "backing" else host.DISK_SIZE)
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from devproc.backends.directory import ROOT_ID, Node
 from devproc.fuzz.inputs import ROOM_MAX
+from devproc.vhost.message import HEADER_SIZE, Header, Request, pack_reply, parse, parse_header
 
 DISK_SIZE: Final = 1 << 16
 
@@ -193,3 +194,21 @@ class Line:
 
     def listen(self, *handlers: Callable[..., Any]) -> None:
         pass
+
+
+class BackEnd:
+    """`ports.BackEnd` that stops a ring as soon as it is asked to, and never hears of its driver."""
+
+    up = True
+
+    def listen(self, on_answer: Callable[[Header, bytes], None], on_gone: Callable[[str], None]) -> None:
+        self._on_answer = on_answer
+
+    def send(self, message: bytes, shared: Sequence[Any] = ()) -> None:
+        request, payload = parse(parse_header(message[:HEADER_SIZE]), message[HEADER_SIZE:], len(shared))
+        if request is Request.GET_VRING_BASE:
+            reply = pack_reply(request, payload)
+            self._on_answer(parse_header(reply[:HEADER_SIZE]), reply[HEADER_SIZE:])
+
+    def hang_up(self, why: str) -> None:
+        raise AssertionError(f"a back end that {why}")
