@@ -145,7 +145,8 @@ class Bench:
             case "line":
                 return host.Line()
             case "back-end":
-                return host.BackEnd()
+                self._inputs.append(host.BackEnd())
+                return self._inputs[-1]
             case _:
                 return host.Disk(0 if d.name == "backing" else host.DISK_SIZE)
 

@@ -209,7 +209,7 @@ def _canonical(entry: Entry, r: Record, recorded: bool) -> Record | None:
             return Record(op, data=r.data % CLOCK_MAX_NS)
         case Op.WALL if "wall" in entry.sources:
             return Record(op, data=r.data)
-        case Op.INPUT if kinds & {"input", "tap", "stream"}:
+        case Op.INPUT if kinds & {"input", "tap", "stream", "back-end"}:
             return Record(op, r.space % PORTS_MAX if entry.virtio is not None else 0)
         case Op.ROOM if kinds & {"output", "tap", "stream"}:
             return Record(op, data=r.data % (ROOM_MAX + 1))

@@ -72,7 +72,7 @@ class Mutator:
         if "wall" in entry.sources:
             jumps = [j for t in _TIMES for j in (t, -t)] + [400 * 365 * 86_400 * _NS]
             weighted.append((1, [encode([Record(Op.WALL, data=j & ((1 << 64) - 1))]) for j in jumps]))
-        if kinds & {"input", "tap", "stream"}:
+        if kinds & {"input", "tap", "stream", "back-end"}:
             ports = range(PORTS_MAX if entry.virtio is not None else 1)
             inputs = [encode([*chunks(t), Record(Op.INPUT, p)]) for t in texts for p in ports]
             weighted.append((2, inputs))
