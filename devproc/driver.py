@@ -423,10 +423,18 @@ class PciDriver:
         if not self.status & spec.FEATURES_OK:
             raise NotReady(f"features {features:#x} are not accepted")
 
-    def start(self, features: int = spec.F_VERSION_1, *, size: int = 0, msix: bool = True) -> None:
+    def start(
+        self,
+        features: int = spec.F_VERSION_1,
+        *,
+        size: int = 0,
+        msix: bool = True,
+        enabled: int | None = None,
+    ) -> None:
         """From reset to DRIVER_OK with all queues, `size` entries each [the most that each can have].
 
-        Vector 0 is for the configuration, vector n + 1 for queue n.
+        Vector 0 is for the configuration, vector n + 1 for queue n; the first `enabled` queues are enabled
+        [all].
         """
         pci = self.function
         command = pci.read(Space.CONFIG, 4, 2) & ~0x0400
@@ -437,7 +445,7 @@ class PciDriver:
             self._vector(spec.CONFIG_MSIX_VECTOR, 0)
         for index in range(self.get(spec.NUM_QUEUES, 2)):
             self._set_up(index, features, size, msix)
-        for index in range(len(self.queues)):
+        for index in range(len(self.queues))[:enabled]:
             self.put(spec.QUEUE_SELECT, 2, index)
             self.put(spec.QUEUE_ENABLE, 2, 1)
         self.add_status(spec.DRIVER_OK)
