@@ -9,7 +9,7 @@ written here; policies name them FD_<NAME>.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from devproc.virtio import spec
@@ -34,8 +34,8 @@ class Descriptor:
     "output" a byte sink; "memory" the memfd of guest memory; "disk" an image; "tap" a tap interface;
     "stream" a unix stream socket that carries frames; "directory" an O_PATH descriptor of a directory, which
     becomes the process's root; "exchange" a socket from which connections come; "line" a place for one, empty
-    but when there is one.  `count` makes it an array: the model gets a tuple of
-    ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST instead of FD_<NAME>.
+    but when there is one; "back-end" a socket to a vhost-user back end.  `count` makes it an array: the model
+    gets a tuple of ports, and policies name its slots FD_<NAME>_FIRST and FD_<NAME>_LAST, not FD_<NAME>.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Descriptor:
         "directory",
         "exchange",
         "line",
+        "back-end",
     ]
     meaning: str
     count: int | None = None
@@ -210,6 +211,9 @@ VSOCK_LINES: Final = 64
 VSOCK: Final = Virtio(spec.ID_VSOCK, 0x078000, (256, 256, 64))
 FS: Final = Virtio(spec.ID_FS, 0x018000, (64, 512))
 BLOCK: Final = Virtio(spec.ID_BLOCK, 0x018000, (256,) * 4)
+VHOST_NET: Final = Virtio(spec.ID_NET, 0x020000, (256, 256))
+VHOST_BLK_CONFIG: Final = 60
+"""Bytes of a disk's device configuration (virtio 1.2, 5.2.4)."""
 
 
 _PLUGGED: Final = Param("link", 0, 1, "whether the cable is plugged in")
@@ -263,6 +267,26 @@ def virtio_descriptors(virtio: Virtio) -> tuple[Descriptor, ...]:
         Descriptor("resample", "kick", "the guest has acknowledged INTA: raise it again while ISR is not 0"),
         Descriptor("kick", "kick", "the driver's notifications, one for each queue", len(virtio.queue_sizes)),
     )
+
+
+def vhost_user_entry(name: str, summary: str, model: str, virtio: Virtio, own: Param) -> Entry:
+    """The entry of a virtio function whose rings a vhost-user back end serves."""
+    # It kicks where KVM does not, and the back end hears both: the one descriptor that is another's to read.
+    common = (replace(d, kind="signal") if d.name == "kick" else d for d in virtio_descriptors(virtio))
+    called = Descriptor("call", "kick", "the back end's interrupts, by queue", len(virtio.queue_sizes))
+    entry = virtio_entry(
+        name,
+        summary,
+        model,
+        virtio,
+        params=(
+            Param("features", 0, (1 << 64) - 1, "what the back end offers the driver"),
+            Param("rings", 1, len(virtio.queue_sizes), "queues that the back end serves"),
+            own,
+        ),
+        sources=("clock",),
+    )
+    return replace(entry, descriptors=(*common, called, Descriptor("backend", "back-end", "the back end")))
 
 
 CATALOG: Final[dict[str, Entry]] = {
@@ -393,6 +417,18 @@ CATALOG: Final[dict[str, Entry]] = {
             opens=2048,
             data_mib=256,
             fsize=1 << 62,
+        ),
+        vhost_user_entry(
+            "vhost-user-blk", "disk that another program serves", "VhostUserBlk", BLOCK,
+            Param("config", VHOST_BLK_CONFIG, VHOST_BLK_CONFIG, "the device configuration", bytes),
+        ),
+        vhost_user_entry(
+            "vhost-user-net", "network card that another program serves", "VhostUserNet", VHOST_NET,
+            Param("mac", 6, 6, "Ethernet address", bytes),
+        ),
+        vhost_user_entry(
+            "vhost-user-fs", "directory that another program serves", "VhostUserFs", FS,
+            Param("tag", 1, 36, "what the guest mounts it by, UTF-8", bytes),
         ),
     )
 }  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn, Protocol
 
 from devproc import jail, regs, state
 from devproc.backends import memory
+from devproc.backends.back_end import BackEnd
 from devproc.backends.directory import Directory
 from devproc.backends.disk import Disk
 from devproc.backends.entropy import entropy
@@ -88,6 +89,7 @@ _BACKENDS: Final[dict[str, Callable[[int], Any]]] = {
     "stream": Stream,
     "exchange": Exchange,
     "line": Line,
+    "back-end": BackEnd,
 }
 SOURCES: Final = {"clock": time.monotonic_ns, "wall": time.time_ns, "entropy": entropy}
 

@@ -21,6 +21,7 @@ from kvmcore.memory import GuestMemory
 _DESC: Final = Struct("<QIHH")  # address, length, and the last two as the format has them
 _ADDR_LEN_ID: Final = Struct("<QIH")
 _USED_ELEM: Final = Struct("<II")
+_RESET_READS: Final = 100_000
 
 
 class Used(NamedTuple):
@@ -404,9 +405,9 @@ class PciDriver:
         return low | high << 32
 
     def reset(self) -> None:
-        """Reset the device, which must be done at once."""
+        """Reset the device, and wait until it is done (4.1.4.3.2)."""
         self.put(spec.DEVICE_STATUS, 1, 0)
-        if self.status:
+        if all(self.status for _ in range(_RESET_READS)):
             raise NotReady(f"status {self.status:#x} after a reset")
         self.queues = []
 
@@ -422,10 +423,18 @@ class PciDriver:
         if not self.status & spec.FEATURES_OK:
             raise NotReady(f"features {features:#x} are not accepted")
 
-    def start(self, features: int = spec.F_VERSION_1, *, size: int = 0, msix: bool = True) -> None:
+    def start(
+        self,
+        features: int = spec.F_VERSION_1,
+        *,
+        size: int = 0,
+        msix: bool = True,
+        enabled: int | None = None,
+    ) -> None:
         """From reset to DRIVER_OK with all queues, `size` entries each [the most that each can have].
 
-        Vector 0 is for the configuration, vector n + 1 for queue n.
+        Vector 0 is for the configuration, vector n + 1 for queue n; the first `enabled` queues are enabled
+        [all].
         """
         pci = self.function
         command = pci.read(Space.CONFIG, 4, 2) & ~0x0400
@@ -436,7 +445,7 @@ class PciDriver:
             self._vector(spec.CONFIG_MSIX_VECTOR, 0)
         for index in range(self.get(spec.NUM_QUEUES, 2)):
             self._set_up(index, features, size, msix)
-        for index in range(len(self.queues)):
+        for index in range(len(self.queues))[:enabled]:
             self.put(spec.QUEUE_SELECT, 2, index)
             self.put(spec.QUEUE_ENABLE, 2, 1)
         self.add_status(spec.DRIVER_OK)

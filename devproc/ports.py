@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from devproc.vhost.message import Header
+
 Signal = Callable[[], None]
 """One edge: writes 1 to an eventfd (an interrupt to KVM, or an event to the supervisor)."""
 
@@ -188,6 +190,44 @@ class Exchange(Protocol):
         """Have `on_call` called for each `dial`, in their order, with True; with False when a program calls.
 
         With it comes the place of the connection; None: there is nobody, or no empty place.
+        """
+
+
+class Shared(Protocol):
+    """A port that another program can be given a share in: guest memory, a kick, a signal."""
+
+    @property
+    def fd(self) -> int:
+        """For the backend that hands it over."""
+
+
+class SharedSignal(Shared, Protocol):
+    """A `Signal` that another program can be given a share in."""
+
+    def __call__(self) -> None: ...
+
+
+class SharedKick(Shared, Kick, Protocol):
+    """A `Kick` that another program can be given a share in."""
+
+
+class BackEnd(Protocol):
+    """A vhost-user back end: a program on the host that serves a function's rings."""
+
+    @property
+    def up(self) -> bool:
+        """Whether it is still there; once gone it does not come back."""
+
+    def send(self, message: bytes, shared: Sequence[Shared] = ()) -> None:
+        """Send a message, and with it a share in each of `shared`; vanishes when there is nobody."""
+
+    def hang_up(self, why: str) -> None:
+        """End the conversation, as if the other end had."""
+
+    def listen(self, on_answer: Callable[[Header, bytes], None], on_gone: Callable[[str], None]) -> None:
+        """Have `on_answer` called for each message that comes, with its payload; `on_gone` when `up` ends.
+
+        What `on_gone` is told is the rest of a sentence about the back end.
         """
 
 

@@ -100,6 +100,13 @@ def _arguments() -> argparse.ArgumentParser:
         help="sockets between guest and host: cid=3..,path= where host programs reach the guest; it reaches "
         "those that listen at SOCKET_PORT",
     )
+    add(
+        "--vhost-user",
+        action="append",
+        metavar="TYPE,socket=PATH[,KEY=VALUE,...]",
+        help="a device that another program serves, the vhost-user back end that listens at socket=: "
+        "block[,queues=], net[,mac=] or fs,tag=",
+    )
     add("--rng", action=argparse.BooleanOptionalAction, default=None, help="a source of random numbers [on]")
     add(
         "--balloon",

@@ -79,6 +79,13 @@ VSOCK_KEYS = (
     Key("cid", int, CID_MIN, CID_MAX),
     Key("path"),
 )
+VHOST_USER_KEYS = (
+    Key("type", choices=("block", "net", "fs")),
+    Key("socket"),
+    Key("queues", int, 1, BLOCK_QUEUES_MAX),
+    Key("mac"),
+    Key("tag"),
+)
 
 
 @dataclass(frozen=True)
@@ -208,8 +215,7 @@ class NetConfig:
             raise ConfigError(f"{where}: expected one of tap-name=, tap-fd= and passt")
         if net.tap_name is not None and re.fullmatch(r"[^\s/:]{1,15}", net.tap_name) is None:
             raise ConfigError(f"{where}: tap-name: expected an interface's name, not {net.tap_name!r}")
-        if net.mac is not None and re.fullmatch(r"[\da-f][02468ace](:[\da-f]{2}){5}", net.mac, re.I) is None:
-            raise ConfigError(f"{where}: mac: expected an address like 02:00:00:00:00:01, not {net.mac!r}")
+        _check_mac(where, net.mac)
         if net.queues > 1 and net.tap_name is None:
             raise ConfigError(f"{where}: queues= goes with tap-name=")
         if not net.passt and (net.tcp_ports is not None or net.udp_ports is not None):
@@ -236,8 +242,7 @@ class SharedDirConfig:
             if key not in values:
                 raise ConfigError(f"{where}: {key} is missing, expected {what}")
         shared = cls(**values)
-        if len(shared.tag.encode()) > TAG_MAX:
-            raise ConfigError(f"{where}: tag: expected up to {TAG_MAX} bytes, not {shared.tag!r}")
+        _check_tag(where, shared.tag)
         return shared
 
 
@@ -265,6 +270,51 @@ class VsockConfig:
 
 
 @dataclass(frozen=True)
+class VhostUserConfig:
+    """A device whose queues a program serves that listens at the unix socket `socket`.
+
+    `queues` a disk's, at most; `mac` a card's address, any without; `tag` what a directory is mounted by.
+    """
+
+    type: str
+    socket: str
+    queues: int = BLOCK_QUEUES_MAX
+    mac: str | None = None
+    tag: str | None = None
+
+    @classmethod
+    def from_values(cls, where: str, values: Mapping[str, Any]) -> VhostUserConfig:
+        """A device from checked keys; what does not go with its type is refused.
+
+        Raises:
+            ConfigError: no type, no socket, no tag of a directory, or a value that does not fit.
+        """
+        for name in ("type", "socket"):
+            if name not in values:
+                raise ConfigError(f"{where}: {name} is missing, expected block|net|fs,socket=PATH")
+        for name, kind in (("queues", "block"), ("mac", "net"), ("tag", "fs")):
+            if name in values and values["type"] != kind:
+                raise ConfigError(f"{where}: {name}= goes with {kind}")
+        vhost = cls(**values)
+        _check_mac(where, vhost.mac)
+        if vhost.type == "fs":
+            if vhost.tag is None:
+                raise ConfigError(f"{where}: tag is missing, expected the name to mount it by")
+            _check_tag(where, vhost.tag)
+        return vhost
+
+
+def _check_mac(where: str, mac: str | None) -> None:
+    if mac is not None and re.fullmatch(r"[\da-f][02468ace](:[\da-f]{2}){5}", mac, re.I) is None:
+        raise ConfigError(f"{where}: mac: expected an address like 02:00:00:00:00:01, not {mac!r}")
+
+
+def _check_tag(where: str, tag: str) -> None:
+    if len(tag.encode()) > TAG_MAX:
+        raise ConfigError(f"{where}: tag: expected up to {TAG_MAX} bytes, not {tag!r}")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything `vmsup run` needs; memory in MiB, times in seconds, affinity as vCPU -> host CPUs."""
 
@@ -279,6 +329,7 @@ class RunConfig:
     net: tuple[NetConfig, ...] = ()
     shared_dir: tuple[SharedDirConfig, ...] = ()
     vsock: tuple[VsockConfig, ...] = ()
+    vhost_user: tuple[VhostUserConfig, ...] = ()
     irqchip: str = "kernel"
     pcie_ecam: bool = True
     rng: bool = True
@@ -317,10 +368,10 @@ class RunConfig:
             raise ConfigError("--serial: console given twice, the kernel has one")
         if sum(d.root for d in self.block) > 1:
             raise ConfigError("--block: root given twice, the kernel has one")
-        tags = [d.tag for d in self.shared_dir]
+        tags = [*(d.tag for d in self.shared_dir), *(d.tag for d in self.vhost_user if d.tag is not None)]
         for tag in tags:
             if tags.count(tag) > 1:
-                raise ConfigError(f"--shared-dir: tag={tag} given twice")
+                raise ConfigError(f"--shared-dir, --vhost-user: tag={tag} given twice")
         if len(self.vsock) > 1:
             raise ConfigError("--vsock given twice, a guest has one context id")
 
@@ -408,13 +459,21 @@ _SCALARS = (
     Key("jail-report"),
 )
 # Lists of tables, each on the command line an option that may be given several times.
-_Listed = type[SerialConfig] | type[BlockConfig] | type[NetConfig] | type[SharedDirConfig] | type[VsockConfig]
+_Listed = (
+    type[SerialConfig]
+    | type[BlockConfig]
+    | type[NetConfig]
+    | type[SharedDirConfig]
+    | type[VsockConfig]
+    | type[VhostUserConfig]
+)
 TABLES: Mapping[str, tuple[tuple[Key, ...], _Listed]] = {
     "serial": (SERIAL_KEYS, SerialConfig),
     "block": (BLOCK_KEYS, BlockConfig),
     "net": (NET_KEYS, NetConfig),
     "shared-dir": (SHARED_DIR_KEYS, SharedDirConfig),
     "vsock": (VSOCK_KEYS, VsockConfig),
+    "vhost-user": (VHOST_USER_KEYS, VhostUserConfig),
 }
 _LISTS = ("params", *TABLES)
 _FLOATS = ("device-timeout",)

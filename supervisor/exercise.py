@@ -13,6 +13,7 @@ import random
 import select
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
@@ -21,6 +22,7 @@ from devproc import jail, wire, zygote
 from devproc.catalog import CATALOG, Entry
 from devproc.channel import ChannelClosed
 from devproc.driver import PciDriver
+from devproc.vhost.message import HEADER_SIZE, Request, pack_reply, parse, parse_header
 from devproc.virtio import spec
 from devproc.wire import PeerError, Space
 from kvmcore import layout
@@ -229,13 +231,17 @@ def _process(
         undo.callback(far.close)
         for fd in (*signals.values(), theirs, typed, shown, output, disk, shared):
             undo.callback(os.close, fd)
+        backend, program = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        undo.callback(backend.close)
+        threading.Thread(target=_serve, args=[program]).start()
+        undo.callback(program.shutdown, socket.SHUT_RDWR)
         memory = GuestMemory.create(layout.ram_regions(_MEM_BELOW_4G))
         undo.callback(memory.close)
         # by the kind of a descriptor that an opener opens
         stand_ins = {
             "input": theirs, "output": output, "disk": disk, "tap": near.fileno(), "stream": near.fileno(),
             "directory": shared,
-            "exchange": device.fileno(), "line": theirs,
+            "exchange": device.fileno(), "line": theirs, "back-end": backend.fileno(),
         }  # fmt: skip
         own = [(d, len(numbers)) for d, numbers in instance.entry.own_slots() if d.kind in stand_ins]
         fds = {d.name: (stand_ins[d.kind],) * count for d, count in own}
@@ -249,6 +255,18 @@ def _process(
         proxy.control.sock.settimeout(_TIMEOUT_S)
         events = {name: (fd,) for name, fd in signals.items()} | spawner.eventfds.get(instance.name, {})
         yield _Life(proxy, core, memory, events, typed, shown)
+
+
+def _serve(front: socket.socket) -> None:
+    """As a vhost-user back end that has nothing to do."""
+    with front, front.makefile("rwb") as stream:
+        while header := stream.read(HEADER_SIZE):
+            asked = parse_header(header)
+            body = stream.read(asked.size)
+            if asked.request == Request.GET_VRING_BASE:
+                _, ring = parse(asked, body, 0)
+                stream.write(pack_reply(Request.GET_VRING_BASE, ring))
+                stream.flush()
 
 
 def _end(proxy: Proxy) -> None:

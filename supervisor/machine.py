@@ -21,6 +21,7 @@ from supervisor.disks import open_disk
 from supervisor.host import Opener
 from supervisor.nets import open_net
 from supervisor.shares import open_share
+from supervisor.vhosts import open_vhost_user
 from supervisor.vsocks import open_vsock
 
 SERIAL_BASES: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
@@ -84,6 +85,9 @@ class Function:
     opens: Opener | None = None
 
 
+_VHOST_USER: Final = {"block": "vhost-user-blk", "net": "vhost-user-net", "fs": "vhost-user-fs"}
+
+
 def virtio_functions(config: RunConfig) -> Iterator[Function]:
     """The virtio functions that `config` asks for, in the order of their slots."""
     for n, net in enumerate(config.net, 1):
@@ -106,6 +110,8 @@ def virtio_functions(config: RunConfig) -> Iterator[Function]:
     for n, shared in enumerate(config.shared_dir, 1):
         use_fs = shared.tag.encode(), int(shared.ro)
         yield Function(f"fs{n}", "virtio-fs", use_fs, partial(open_share, shared))
+    for n, vhost in enumerate(config.vhost_user, 1):
+        yield Function(f"vhost{n}", _VHOST_USER[vhost.type], opens=partial(open_vhost_user, vhost))
 
 
 _PCI_GSIS: Final = (5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)

@@ -49,7 +49,7 @@ def open_net(net: NetConfig, host: Host) -> Opened:
     Raises:
         ConfigError: the tap cannot be used as it is, or passt does not start.
     """
-    mac = bytes.fromhex(net.mac.replace(":", "")) if net.mac is not None else _any_mac()
+    mac = address(net.mac)
     fds: tuple[int, ...]
     if net.passt:
         fds, mtu = (_passt(net, host),), net.mtu or _PASST_MTU
@@ -61,8 +61,10 @@ def open_net(net: NetConfig, host: Host) -> Opened:
     return Opened({"link": fds}, (mac, mtu, net.queues, net.bps, net.pps))
 
 
-def _any_mac() -> bytes:
-    """A unicast address that is locally administered."""
+def address(mac: str | None) -> bytes:
+    """What the text `mac` says; without one, any unicast address that is locally administered."""
+    if mac is not None:
+        return bytes.fromhex(mac.replace(":", ""))
     first, *rest = os.urandom(6)
     return bytes([first & 0xFC | 0x02, *rest])
 

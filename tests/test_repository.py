@@ -118,4 +118,4 @@ def test_no_device_is_missing_from_the_catalogue() -> None:
     models = {p.stem for p in sources("devproc/devices") if not p.stem.startswith("_")}
     assert models == {e.module.rpartition(".")[2] for e in CATALOG.values()}
     policies = {p.stem for p in (ROOT / "policies").glob("*.policy")}
-    assert policies == {*CATALOG, "base", "virtio", *confine.POLICIES, "interpreter"}
+    assert policies == {*CATALOG, "base", "virtio", "vhost-user", *confine.POLICIES, "interpreter"}

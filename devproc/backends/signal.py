@@ -11,7 +11,7 @@ class Signal:
     """Calling it adds one to the eventfd `fd`; several edges before the reader looks are one."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
 
     def __call__(self) -> None:
-        os.write(self._fd, _ONE)
+        os.write(self.fd, _ONE)

@@ -144,6 +144,9 @@ class Bench:
                 return host.Exchange()
             case "line":
                 return host.Line()
+            case "back-end":
+                self._inputs.append(host.BackEnd())
+                return self._inputs[-1]
             case _:
                 return host.Disk(0 if d.name == "backing" else host.DISK_SIZE)
 

@@ -13,9 +13,10 @@ Of a bench (bench.py):
 
 Of a driver (guest.py):
 
-    used        a chain is used that was not the device's, or twice, or with more written than there is room
-    for memory      the device has written outside what it was given to write reset       a reset device does
-    not read 0, or is not as a new one
+    used        a chain is used that was not the device's, or twice, or more is written than it has room
+    memory      the device has written outside what it was given to write
+    reset       a reset device does not read 0, or is not as a new one, or begins where it was
+    bar         what BAR 0 says of its size is no size, or less than what the device has in it
 
 Of a process (supervisor/fuzz.py): hang, died, violation (a system call its policy forbids), disagree (behind
 the real wire it does something else).

@@ -26,6 +26,8 @@ from kvmcore.memory import GuestMemory
 BASE: Final = 0x1000
 EXTENT: Final = 0x3000  # of a queue: rings, tables and buffers
 _PACKED: Final = 8
+_WITHOUT_LAST: Final = 16
+_BAR0: Final = 0x10
 _WITHOUT: Final = ((1 << 24) - 1, spec.F_INDIRECT_DESC, spec.F_EVENT_IDX)
 _SIZE: Final = 16
 _TABLES: Final = 128  # bytes that the indirect tables of one chain take, with their alignment
@@ -49,6 +51,7 @@ class Guest:
         self._discards = discards
         self._fresh = _state(model)
         self._pci = PciDriver(model, memory, BASE, EXTENT)
+        self._enabled = 0
         self._start(0, _SIZE)
         self._end = BASE + EXTENT * len(self._pci.queues)
 
@@ -59,7 +62,9 @@ class Guest:
                 features &= ~mask
         if not choice & _PACKED:
             features &= ~spec.F_RING_PACKED
-        self._pci.start(features | spec.F_VERSION_1, size=size)
+        queues = self._pci.get(spec.NUM_QUEUES, 2)
+        self._enabled = queues - 1 if choice & _WITHOUT_LAST else queues
+        self._pci.start(features | spec.F_VERSION_1, size=size, enabled=self._enabled)
         self.spoilt = self._discards  # the rings may be what the guest has given away
 
     def rings(self) -> bytes:
@@ -107,7 +112,7 @@ class Guest:
             return []
         look = look and not self.spoilt and not self._discards
         before = bytearray(self.rings()) if look else bytearray()
-        allowed = [span for queue in queues for span in _writable(queue)] if look else []
+        allowed = [span for queue in queues[: self._enabled] for span in _writable(queue)] if look else []
         self._kick(index)
         if look:
             self._compare(before, allowed)
@@ -132,6 +137,8 @@ class Guest:
         except AssertionError as e:
             raise Finding("used", str(e)) from None
         for n in {n for n, _, _ in found}:
+            if n >= self._enabled:
+                raise Finding("used", f"a chain of queue {n}, which is not enabled, is used")
             queues[n].interrupts(1)
         return found
 
@@ -140,8 +147,7 @@ class Guest:
 
         Args:
             choice: bits 0 to 2 take features away: the device's own, indirect, event index; bit 3 takes
-            packed
-                rings.
+                packed rings; bit 4 leaves the last queue as it is, not enabled.
             shift: log2 of the queues' size.
 
         Raises:
@@ -151,6 +157,7 @@ class Guest:
             self._pci.reset()
         except NotReady as e:
             raise Finding("reset", str(e)) from None
+        self._check_bar()
         state = _state(self._model)
         if state != self._fresh:
             names = (f.name for f in fields(state))
@@ -160,6 +167,21 @@ class Guest:
             self._start(choice, 1 << shift)
         except (NotReady, AssertionError):
             self.spoilt = True  # features that it does not take, or a register that was written before
+            return
+        begins = {None, 1 << 15 if choice & _PACKED else 0}
+        for n, queue_state in enumerate(_state(self._model).queues):
+            if queue_state.position not in begins:
+                raise Finding("reset", f"queue {n} begins at {queue_state.position}")
+
+    def _check_bar(self) -> None:
+        """Size BAR 0 as a firmware does (PCI 3.0, 6.2.5.1), and leave it as it was."""
+        pci = self._model
+        before = pci.read(Space.CONFIG, _BAR0, 4)
+        pci.write(Space.CONFIG, _BAR0, 4, 0xFFFF_FFFF)
+        size = -(pci.read(Space.CONFIG, _BAR0, 4) & ~0xF) & 0xFFFF_FFFF
+        pci.write(Space.CONFIG, _BAR0, 4, before)
+        if size & (size - 1) or size <= max(self._pci.where.values()):
+            raise Finding("bar", f"BAR 0 is of {size:#x} bytes")
 
 
 def _twisted(queue: SplitDriver, twist: int, read: list[Span], write: list[Span]) -> None:

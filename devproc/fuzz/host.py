@@ -10,6 +10,15 @@ from typing import Any, Final
 
 from devproc.backends.directory import ROOT_ID, Node
 from devproc.fuzz.inputs import ROOM_MAX
+from devproc.vhost.message import (
+    HEADER_SIZE,
+    MessageError,
+    Request,
+    VringState,
+    pack_reply,
+    parse,
+    parse_header,
+)
 
 DISK_SIZE: Final = 1 << 16
 
@@ -193,3 +202,45 @@ class Line:
 
     def listen(self, *handlers: Callable[..., Any]) -> None:
         pass
+
+
+class BackEnd(Input):
+    """`ports.BackEnd` that stops a ring at once when it is asked to.
+
+    By the first byte of what is `typed` it hangs up (0), or answers what it was not asked.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = True
+
+    def listen(  # type: ignore[override]  # the other port's
+        self, on_answer: Callable[..., None], on_gone: Callable[..., None]
+    ) -> None:
+        self.wanted, self.on_input = lambda: self.up, self._act
+        self._on_answer, self._on_gone = on_answer, on_gone
+
+    def send(self, message: bytes, shared: Sequence[Any] = ()) -> None:
+        if not self.up:
+            return
+        request, payload = parse(parse_header(message[:HEADER_SIZE]), message[HEADER_SIZE:], len(shared))
+        if request is Request.GET_VRING_BASE:
+            self._answer(pack_reply(request, payload))
+
+    def hang_up(self, why: str) -> None:
+        if self.up:
+            self.up = False
+            self._on_gone(why)
+
+    def _act(self) -> None:
+        what = self.read(len(self.typed))[0]
+        if what:
+            self._answer(pack_reply(Request.GET_VRING_BASE, VringState(what & 3, 0)))
+        else:
+            self.hang_up("has closed its socket")
+
+    def _answer(self, reply: bytes) -> None:
+        try:
+            self._on_answer(parse_header(reply[:HEADER_SIZE]), reply[HEADER_SIZE:])
+        except MessageError as e:
+            self.hang_up(str(e))

@@ -41,10 +41,11 @@ REPEATS_MAX: Final = 4096  # bytes of repeated accesses in one input: more would
 PORTS_MAX: Final = 4  # of one kind: INPUT of a virtio device says which
 QUEUE_SHIFT_MAX: Final = 4
 """log2 of the largest queue: small ones wrap around sooner."""
+START_CHOICES: Final = 32  # how a RESTART may start the device: bits that guest.py explains
 CHUNK: Final = 8  # bytes that one DATA record holds
 CLOCK_START_NS: Final = 5_000_000_000_000
 WALL_START_NS: Final = 1_700_000_000_000_000_000  # 2023-11-14 22:13:20 UTC
-PARAMS: Final = {"mem_below_4g": 256 << 20, "mem_above_4g": 0}
+PARAMS: Final = {"mem_below_4g": 256 << 20, "mem_above_4g": 0, "sparse": 1}
 """Values of parameters for fuzzing; others have their lowest."""
 GUEST_SIZE: Final = 1 << 18
 """Bytes of guest memory, for a device that has any."""
@@ -68,7 +69,7 @@ class Op(enum.IntEnum):
     SAVE = 8
     CHAIN = 9  # space: queue, aux: how (guest.Twist), data: four sizes; the bytes are what is to be read
     KICK = 10  # space: queue
-    RESTART = 11  # offset: what not to accept, size: log2 of the queues' size
+    RESTART = 11  # offset: what not to accept and not to enable, size: log2 of the queues' size
     SET = 12  # aux: which setting, data: its value
     RAISED = 0x40  # aux: which signal, data: how often
     SENT = 0x41  # the bytes went to the host
@@ -209,7 +210,7 @@ def _canonical(entry: Entry, r: Record, recorded: bool) -> Record | None:
             return Record(op, data=r.data % CLOCK_MAX_NS)
         case Op.WALL if "wall" in entry.sources:
             return Record(op, data=r.data)
-        case Op.INPUT if kinds & {"input", "tap", "stream"}:
+        case Op.INPUT if kinds & {"input", "tap", "stream", "back-end"}:
             return Record(op, r.space % PORTS_MAX if entry.virtio is not None else 0)
         case Op.ROOM if kinds & {"output", "tap", "stream"}:
             return Record(op, data=r.data % (ROOM_MAX + 1))

@@ -53,7 +53,7 @@ def modules(entry: Entry) -> tuple[str, ...]:
     with open(source(entry.module), encoding="utf-8") as f:
         body = ast.parse(f.read()).body
     imported = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.module]
-    bases = [name for name in imported if name.startswith("devproc.devices.")]
+    bases = [name for name in imported if name.startswith(("devproc.devices.", "devproc.virtio.vhost_user"))]
     return (entry.module, *bases, *(VIRTIO_MODULES if entry.virtio is not None else ()))
 
 

@@ -18,6 +18,7 @@ from devproc.fuzz.inputs import (
     RECORDS_MAX,
     REPEAT_MAX,
     ROOM_MAX,
+    START_CHOICES,
     Op,
     Record,
     Twist,
@@ -72,7 +73,7 @@ class Mutator:
         if "wall" in entry.sources:
             jumps = [j for t in _TIMES for j in (t, -t)] + [400 * 365 * 86_400 * _NS]
             weighted.append((1, [encode([Record(Op.WALL, data=j & ((1 << 64) - 1))]) for j in jumps]))
-        if kinds & {"input", "tap", "stream"}:
+        if kinds & {"input", "tap", "stream", "back-end"}:
             ports = range(PORTS_MAX if entry.virtio is not None else 1)
             inputs = [encode([*chunks(t), Record(Op.INPUT, p)]) for t in texts for p in ports]
             weighted.append((2, inputs))
@@ -84,7 +85,9 @@ class Mutator:
             slow.append([Record(*RECORD.unpack(write)), Record(Op.REPEAT, data=3000)])
         self._starts: list[bytes] = []
         if entry.virtio is not None:
-            starts = [[Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(16)]
+            starts = [
+                [Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(START_CHOICES)
+            ]
             self._starts = [encode(r) for r in starts]
             slow += starts
         self._slow = [encode(r) for r in slow]
@@ -203,7 +206,7 @@ class Mutator:
             top = (1 << 8 * size) - 1
             return RECORD.pack(op, space, size, 0, offset, self._number(value, 8 * size) & top)
         if op == Op.RESTART:
-            return RECORD.pack(op, 0, int(rnd() * (QUEUE_SHIFT_MAX + 1)), 0, int(rnd() * 16), 0)
+            return RECORD.pack(op, 0, int(rnd() * (QUEUE_SHIFT_MAX + 1)), 0, int(rnd() * START_CHOICES), 0)
         limit = {Op.CLOCK: CLOCK_MAX_NS, Op.ROOM: ROOM_MAX + 1, Op.REPEAT: REPEAT_MAX}.get(op)
         if op in (Op.WALL, Op.DATA, Op.CHAIN):
             limit = 1 << (8 * size if op == Op.DATA else 64)

@@ -30,8 +30,7 @@ BATCH: Final = 64
 
 _PCICMD_MASTER, _PCICMD_INTX_OFF = 0x0004, 0x0400
 _PCISTS_INTX, _PCISTS_CAPABILITIES = 0x0008, 0x0010
-_MSIX_ENABLE: Final = 0x8000
-_TRANSPORT: Final = spec.F_VERSION_1 | spec.F_INDIRECT_DESC | spec.F_EVENT_IDX | spec.F_RING_PACKED
+MSIX_ENABLE: Final = 0x8000
 _DRIVER_BITS: Final = spec.ACKNOWLEDGE | spec.DRIVER | spec.DRIVER_OK | spec.FEATURES_OK | spec.FAILED
 _QUEUES_MAX: Final = 64
 _LOW: Final = 0xFFFF_FFFF
@@ -263,6 +262,8 @@ class VirtioDevice(Model):
     """
 
     VIRTIO: ClassVar[Virtio]
+    TRANSPORT: ClassVar[int] = spec.F_VERSION_1 | spec.F_INDIRECT_DESC | spec.F_EVENT_IDX | spec.F_RING_PACKED
+    """The features that this class sees to, which every model has."""
 
     def __init__(
         self,
@@ -282,7 +283,7 @@ class VirtioDevice(Model):
         self._irq: Final = irq
         self._intx: Final = intx
         self._log: Final = log
-        self._offered: Final = features | _TRANSPORT
+        self._offered: Final = features | self.TRANSPORT
         self._status = 0
         self._vector = spec.MSI_NO_VECTOR
         self._generation = 0
@@ -567,7 +568,7 @@ class VirtioDevice(Model):
         self.on_reset()
 
     def _interrupt(self, vector: int, cause: int) -> None:
-        if not self.stored["MSIX_CONTROL"] & _MSIX_ENABLE:
+        if not self.stored["MSIX_CONTROL"] & MSIX_ENABLE:
             self._isr |= cause
             self._resample()
         elif vector != spec.MSI_NO_VECTOR:

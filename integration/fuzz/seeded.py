@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
 from devproc.catalog import CATALOG, Entry
+from devproc.fuzz import instrument
 
 Changes = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Bug:
-    """Changes to the text of a device's model, the kind of finding they are, and an input that shows them."""
+    """Changes to the text of a device's model, the kind of finding they are, and an input that shows them.
+
+    `module`: whose text, if it is not the model's: one that virtio devices share.
+    """
 
     device: str
     kind: str
     changes: Changes
     shown_by: str
+    module: str = ""
 
 
 BUGS: Final = {
@@ -167,19 +171,131 @@ BUGS: Final = {
         ),
         "write PORT 0x3 1 0x3a",
     ),
+    "timer-underflow": Bug(
+        "pit",
+        "exception",
+        (("return max(count, 2) if self.mode in (2, 3) else count", "return count - 1"),),
+        "write PORT 0x3 1 0x34; write PORT 0x0 1 0x1; write PORT 0x0 1 0x0; clock 1000000; read PORT 0x0 1",
+    ),
+    "length-field-trusted": Bug(
+        "virtio-blk",
+        "exception",
+        (
+            (
+                "return Request(kind, self._place(sector, size), size, (), unmap",
+                "return Request(kind, self._place(sector, 0), size, (), unmap",
+            ),
+        ),
+        "chain 0 16 16 1 0 plain 0d0000000000000000000000000000007f000000000000000200000000000000; kick 0",
+    ),
+    "loop-in-a-chain": Bug(
+        "virtio-rng",
+        "hang",
+        (("            if direct == limit:\n", "            if direct < 0:\n"),),
+        "chain 0 0 0 64 1 loop; kick 0",
+        "devproc.virtio.split",
+    ),
+    "address-wraps-around": Bug(
+        "virtio-rng",
+        "exception",
+        (("if not holds(gpa, size):\n", "if not holds(gpa + size & 0xFFFF_FFFF, 0):\n"),),
+        "chain 0 0 0 64 0 overflow; kick 0",
+        "devproc.virtio.chain",
+    ),
+    "size-changed-after-activation": Bug(
+        "virtio-rng",
+        "exception",
+        (
+            (
+                "def write_queue_size(self, data: int) -> None:\n        setup = self._settable()\n",
+                "def write_queue_size(self, data: int) -> None:\n        setup = self._selected\n",
+            ),
+            (
+                "            setup.size = data\n",
+                "            setup.size = data\n"
+                "            if (queue := self.queues[self.stored['queue_select']]) is not None:\n"
+                "                queue.size = data\n",
+            ),
+        ),
+        "write BAR0 0x18 2 0x40; chain 0 0 0 64 0 head; kick 0",
+        "devproc.virtio.device",
+    ),
+    "completed-twice": Bug(
+        "virtio-rng",
+        "used",
+        (("        self._publish(1)\n", "        self._publish(2)\n"),),
+        "chain 0 0 0 64 0 plain; kick 0",
+        "devproc.virtio.split",
+    ),
+    "index-kept-over-a-reset": Bug(
+        "virtio-rng",
+        "reset",
+        (
+            (
+                "        self.queues = [None] * len(self.queues)\n",
+                "        stale = getattr(self, '_stale', self.queues)\n"
+                "        self._stale = [s if q is None else q.position for q, s in zip(self.queues, stale)]\n"
+                "        self.queues = [None] * len(self.queues)\n",
+            ),
+            (
+                "self._make_queue(self.features, setup)\n",
+                "self._make_queue(self.features, setup, getattr(self, '_stale', self.queues)[index])\n",
+            ),
+        ),
+        "chain 0 0 0 64 0 plain; kick 0; restart 0x0 4",
+        "devproc.virtio.device",
+    ),
+    "bar-of-size-zero": Bug(
+        "virtio-rng",
+        "bar",
+        (("mask=-spec.BAR_SIZE & _LOW, stored", "mask=0, stored"),),
+        "restart 0x0 4",
+        "devproc.virtio.device",
+    ),
+    "register-past-the-end": Bug(
+        "virtio-rng",
+        "exception",
+        (("if select < len(self._setups) else None", "if select <= len(self._setups) else None"),),
+        "write BAR0 0x16 2 0x1; write BAR0 0x18 2 0x4",
+        "devproc.virtio.device",
+    ),
+    "queue-not-enabled": Bug(
+        "virtio-rng",
+        "used",
+        (("                if setup.enabled:\n", "                if setup.areas[0]:\n"),),
+        "restart 0x10 4; chain 0 0 0 64 0 plain; kick 0",
+        "devproc.virtio.device",
+    ),
 }
 
 
 def plant(device: str, changes: Changes, module: str, where: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
     """The entry of `device`, in the catalogue for the length of a test, its model changed; in `module`."""
     entry = CATALOG[device]
-    spec: Any = importlib.util.find_spec(entry.module)
-    text = Path(spec.origin).read_text()
-    for right, wrong in changes:
-        assert text.count(right) == 1, f"{device}: {right!r} is there {text.count(right)} times"
-        text = text.replace(right, wrong)
-    (where / f"{module}.py").write_text(text)
+    (where / f"{module}.py").write_text(changed_text(entry.module, changes))
     monkeypatch.syspath_prepend(str(where))
     changed = dataclasses.replace(entry, module=module)
     monkeypatch.setitem(CATALOG, device, changed)
     return changed
+
+
+def plant_bug(name: str, where: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
+    """The entry of a device that has a bug, for processes that are started during a test."""
+    bug = BUGS[name]
+    module = f"seeded_{name.replace('-', '_')}"
+    if not bug.module:
+        return plant(bug.device, bug.changes, module, where, monkeypatch)
+    text = where / f"{module}.py"
+    text.write_text(changed_text(bug.module, bug.changes))
+    source = instrument.source
+    monkeypatch.setattr(instrument, "source", lambda m: str(text) if m == bug.module else source(m))
+    return CATALOG[bug.device]
+
+
+def changed_text(module: str, changes: Changes) -> str:
+    """The source of a module with each of `changes`, whose first part it has once."""
+    text = Path(instrument.source(module)).read_text()
+    for right, wrong in changes:
+        assert text.count(right) == 1, f"{module}: {right!r} is there {text.count(right)} times"
+        text = text.replace(right, wrong)
+    return text

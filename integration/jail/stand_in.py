@@ -179,7 +179,7 @@ class StandIn:
             case "exchange":
                 pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
                 return pair[0].detach(), pair[1].detach()
-            case "tap" | "stream":
+            case "tap" | "stream" | "back-end":
                 pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
                 return pair[0].detach(), pair[1].detach()
             case _:

@@ -27,7 +27,7 @@ def rules() -> list[tuple[str, Rule]]:
 
 def test_every_policy_file_belongs_to_a_device_or_is_shared() -> None:
     assert {p.stem for p in DIRECTORY.glob("*.policy")} == {
-        *DEVICES, "base", "virtio", *confine.POLICIES, "interpreter",
+        *DEVICES, "base", "virtio", "vhost-user", *confine.POLICIES, "interpreter",
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from supervisor.config import (
     RunConfig,
     SerialConfig,
     SharedDirConfig,
+    VhostUserConfig,
     VsockConfig,
 )
 
@@ -62,6 +63,11 @@ def test_every_kind_of_device_is_in_some_machine():
         net=(NetConfig(tap_name="tap"), NetConfig(passt=True)),
         shared_dir=(SharedDirConfig("directory", "tag"),),
         vsock=(VsockConfig(3, "socket"),),
+        vhost_user=(
+            VhostUserConfig("block", "socket"),
+            VhostUserConfig("net", "socket"),
+            VhostUserConfig("fs", "socket", tag="other"),
+        ),
         balloon=True,
     )
     kinds = {i.entry.name for i in machine.instances(everything, GIB, 0)}

@@ -62,5 +62,5 @@ def test_what_cannot_be_shared_is_refused(text: str, why: str) -> None:
 
 
 def test_a_tag_is_one_directorys() -> None:
-    with pytest.raises(ConfigError, match=r"^--shared-dir: tag=a given twice$"):
+    with pytest.raises(ConfigError, match=r"^--shared-dir, --vhost-user: tag=a given twice$"):
         build({"kernel": "k", "shared_dir": ["/a,tag=a", "/b,tag=a"]})

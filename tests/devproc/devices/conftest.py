@@ -16,6 +16,17 @@ from devproc.backends.directory import Directory
 from devproc.backends.disk import Disk
 from devproc.catalog import CATALOG, MEMORY_PARAMS, Descriptor, Entry
 from devproc.driver import PciDriver
+from devproc.vhost.message import (
+    HEADER_SIZE,
+    Header,
+    MessageError,
+    Payload,
+    Request,
+    VringState,
+    pack_reply,
+    parse,
+    parse_header,
+)
 from devproc.wire import Space
 from kvmcore.memory import GuestMemory
 
@@ -38,6 +49,9 @@ PARAMS = {
     "id": b"vmsup",
     "format": 0,
     "backing_format": 0,
+    "features": (1 << 64) - 1 & ~(1 << 33),
+    "rings": 2,
+    "config": bytes(range(60)),
 }
 IMAGE_SIZE = 8 << 20
 MEMORY = ((0, 16 << 20), (1 << 32, 1 << 20))
@@ -166,6 +180,48 @@ class Place:
         self.is_open = False
 
 
+class Program:
+    """A vhost-user back end: what it was `asked`, each with what was shared; how far it is in a ring.
+
+    While it `answers` it does at once.
+    """
+
+    def __init__(self) -> None:
+        self.up = True
+        self.answers = True
+        self.asked: list[tuple[Request, Payload, tuple[Any, ...]]] = []
+        self.bases: dict[int, int] = {}
+
+    def listen(self, on_answer: Callable[[Header, bytes], None], on_gone: Callable[[str], None]) -> None:
+        self.on_answer, self.on_gone = on_answer, on_gone
+
+    def send(self, message: bytes, shared: Sequence[Any] = ()) -> None:
+        if not self.up:
+            return
+        request, payload = parse(parse_header(message[:HEADER_SIZE]), message[HEADER_SIZE:], len(shared))
+        self.asked.append((request, payload, tuple(shared)))
+        if request is Request.GET_VRING_BASE and self.answers:
+            assert isinstance(payload, VringState)
+            self.answer(request, VringState(payload.vring, self.bases.get(payload.vring, 0)))
+
+    def answer(self, request: Request, payload: Payload) -> None:
+        reply = pack_reply(request, payload)
+        try:
+            self.on_answer(parse_header(reply[:HEADER_SIZE]), reply[HEADER_SIZE:])
+        except MessageError as e:
+            self.hang_up(f"has broken the protocol: {e}")
+
+    def hang_up(self, why: str) -> None:
+        if self.up:
+            self.up = False
+            self.on_gone(why)
+
+    def heard(self) -> list[tuple[Request, Payload, tuple[Any, ...]]]:
+        """What it was asked since this was last called."""
+        asked, self.asked = self.asked, []
+        return asked
+
+
 class Bench:
     """The host's side of one device model, and its guest's: all ports, built from the catalogue entry."""
 
@@ -229,6 +285,9 @@ class Bench:
             case "line":
                 self.operator.lines.append(Place(100 + len(self.operator.lines)))
                 return self.operator.lines[-1]
+            case "back-end":
+                self.program = Program()
+                return self.program
             case "tap" | "stream":
                 return Cable(offloads=kind == "tap")
             case _:
