@@ -74,11 +74,16 @@ class Param:
 
 @dataclass(frozen=True)
 class Region:
-    """A register space and its size in bytes; who puts it at which address is supervisor/machine.py."""
+    """A register space and its size in bytes; who puts it at which address is supervisor/machine.py.
+
+    `coalesced`: offsets of bytes whose writes may reach the device a little later, for nothing comes of them
+    that the guest could wait for; but always before whatever else it does to the device.
+    """
 
     space: Space
     size: int
     meaning: str
+    coalesced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,10 @@ class Entry:
     data_mib: int = 64  # RLIMIT_DATA
     fsize: int | str = 0  # RLIMIT_FSIZE in bytes, or the parameter that gives it: no file grows beyond
     without: frozenset[str] = frozenset()  # layers of the jail left out: only what tests the others does that
+
+    def coalesced(self, space: Space) -> tuple[int, ...]:
+        """As of the region."""
+        return next((r.coalesced for r in self.regions if r.space == space), ())
 
     @property
     def guest_memory(self) -> bool:
@@ -294,7 +303,7 @@ CATALOG: Final[dict[str, Entry]] = {
     for e in (
         Entry(
             "serial", "16550A UART with FIFOs", "devproc.devices.serial", "Serial",
-            regions=(Region(Space.PORT, 8, "RBR/THR to SCR"),),
+            regions=(Region(Space.PORT, 8, "RBR/THR to SCR", coalesced=(0,)),),
             descriptors=(
                 _IRQ,
                 Descriptor("input", "input", "what the guest receives"),
@@ -305,7 +314,7 @@ CATALOG: Final[dict[str, Entry]] = {
         ),
         Entry(
             "rtc", "MC146818 real-time clock and CMOS memory", "devproc.devices.rtc", "Rtc",
-            regions=(Region(Space.PORT, 2, "index, data"),),
+            regions=(Region(Space.PORT, 2, "index, data", coalesced=(0,)),),
             descriptors=(_IRQ,),
             params=MEMORY_PARAMS,
             sources=("clock", "wall"),

@@ -1,14 +1,15 @@
 /* The exit path: KVM_RUN, the bus look-up and the transaction with a device, none of it under Python's GIL.
  *
  * Spec: Linux, Documentation/virt/kvm/api.rst 5 (struct kvm_run); devproc/wire.py for the messages, which go
- * as its frames or through a mailbox (_mailbox.h).  Left out: coalesced rings.
+ * as its frames or through a mailbox (_mailbox.h).  Left out: coalesced MMIO.
  *
  * The guest chooses every address, size and value here, and a device process every byte of its replies:
  * neither is used as an index or a length before it was checked.  The loop allocates nothing, and every
- * wait in it but KVM_RUN ends at the deadline.
+ * wait in it but KVM_RUN ends at the deadline of the device that is waited for.
  *
  * Locks, never two at once: core.table_lock for one look-up; device.lock for one transaction;
- * vcpu.kick_lock around entering and leaving core_vcpu_run. */
+ * vcpu.kick_lock around entering and leaving core_vcpu_run.  Only core.ring_lock is held around others, the first
+ * two: while what the ring holds is posted. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -39,6 +40,7 @@
 #define GONE(cause, error) ((uint32_t)(cause) | (uint32_t)(error) << 8)
 #define GONE_CAUSE(gone) ((gone) & 0xff)
 #define GONE_ERROR(gone) ((int)((gone) >> 8))
+#define PAGE_SIZE 4096u /* as KVM_COALESCED_MMIO_MAX needs it */
 #define FRAME_MAX 32 /* the longest, a Write, takes 31 bytes with space, offset and data 64 bits wide */
 
 /* One device process: the supervisor's end of its access channel. */
@@ -50,6 +52,7 @@ struct device {
     int bell;                /* eventfd that wakes the device when it does not look into its mailbox */
     _Atomic uint32_t posted; /* requests put into the mailbox so far, or just about to be */
     _Atomic uint32_t gone; /* GONE(), set once */
+    _Atomic bool coalesced; /* writes to it may be in the ring */
     _Atomic uint64_t reads, writes, shadowed, wait_ns;
 };
 
@@ -64,6 +67,9 @@ struct core {
     pthread_rwlock_t table_lock; /* readers copy one route out */
     struct table *tables[2];     /* [is_mmio] */
     pthread_mutex_t add_lock;
+    pthread_mutex_t ring_lock; /* held by who takes from the ring */
+    volatile struct kvm_coalesced_mmio_ring *ring; /* the VM's, which KVM fills; NULL: there is none */
+    _Atomic uint32_t lost; /* 1 + index of a device that was gone when a write of the ring was posted */
     _Atomic uint32_t n_devices;
     _Atomic uint64_t float_reads, float_writes;
     _Atomic uint32_t pci_address;                  /* CONFIG_ADDRESS */
@@ -100,6 +106,11 @@ struct core_vcpu {
 static uint64_t all_ones(uint32_t size)
 {
     return size >= 8 ? UINT64_MAX : (1ull << 8 * size) - 1;
+}
+
+static bool is_access_size(uint32_t size)
+{
+    return size == 1 || size == 2 || size == 4 || size == 8;
 }
 
 /* ---- msgpack, just as much as the access channel needs ---- */
@@ -310,7 +321,7 @@ static uint32_t socket_transact(struct device *d, const struct mailbox_request *
 }
 
 /* One transaction; waiting for the others' counts towards the deadline.  `value` is what a read gives. */
-static uint32_t device_access(struct device *d, struct mailbox_request *r, uint64_t *value)
+static uint32_t device_transact(struct device *d, struct mailbox_request *r, uint64_t *value)
 {
     r->at_ns = now_ns();
     uint64_t deadline_ns = r->at_ns + d->deadline_ns;
@@ -344,20 +355,69 @@ static bool shadow_read(struct device *d, uint32_t space, uint64_t offset, uint3
     return true;
 }
 
-static uint32_t device_read(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t *value)
+static uint32_t device_post(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t data)
 {
-    if (shadow_read(d, space, offset, size, value))
-        return CAUSE_NONE;
-    struct mailbox_request r = {.tag = TAG_READ, .space = space, .offset = offset, .size = (uint8_t)size};
-    return device_access(d, &r, value);
+    struct mailbox_request r = {.tag = TAG_WRITE, .space = space, .offset = offset, .size = (uint8_t)size,
+                                .data = data, .posted = true};
+    return device_transact(d, &r, NULL);
 }
 
-static uint32_t device_write(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t data,
-                             bool posted)
+static bool ring_is_empty(const struct core *core)
+{
+    const volatile struct kvm_coalesced_mmio_ring *ring = core->ring;
+    return !ring || ring->first == ring->last;
+}
+
+static bool locate(struct core *core, bool is_mmio, uint64_t addr, uint32_t size, struct core_route *route);
+
+/* Posts the writes that KVM has put aside, in their order.  Who is late waits for who is at it: none is overtaken. */
+static void drain(struct core *core)
+{
+    if (ring_is_empty(core))
+        return;
+    pthread_mutex_lock(&core->ring_lock);
+    volatile struct kvm_coalesced_mmio_ring *ring = core->ring;
+    for (uint32_t left = KVM_COALESCED_MMIO_MAX; left && ring->first != ring->last; left--) {
+        atomic_thread_fence(memory_order_acquire); /* KVM: the write first, then `last` */
+        uint32_t first = ring->first % KVM_COALESCED_MMIO_MAX;
+        struct kvm_coalesced_mmio entry = *(struct kvm_coalesced_mmio *)&ring->coalesced_mmio[first];
+        struct core_route r;
+        uint64_t data = 0;
+        if (is_access_size(entry.len) && locate(core, false, entry.phys_addr, entry.len, &r) &&
+            r.kind == ROUTE_DEVICE) {
+            memcpy(&data, entry.data, entry.len);
+            if (device_post(&core->devices[r.index], r.space, r.base_offset + (entry.phys_addr - r.start),
+                            entry.len, data))
+                atomic_store(&core->lost, r.index + 1);
+        }
+        atomic_thread_fence(memory_order_release);
+        ring->first = (first + 1) % KVM_COALESCED_MMIO_MAX;
+    }
+    pthread_mutex_unlock(&core->ring_lock);
+}
+
+static uint32_t device_access(struct core *core, struct device *d, struct mailbox_request *r, uint64_t *value)
+{
+    if (atomic_load(&d->coalesced))
+        drain(core);
+    if (r->tag == TAG_READ && shadow_read(d, r->space, r->offset, r->size, value))
+        return CAUSE_NONE;
+    return device_transact(d, r, value);
+}
+
+static uint32_t device_read(struct core *core, uint32_t index, uint32_t space, uint64_t offset, uint32_t size,
+                            uint64_t *value)
+{
+    struct mailbox_request r = {.tag = TAG_READ, .space = space, .offset = offset, .size = (uint8_t)size};
+    return device_access(core, &core->devices[index], &r, value);
+}
+
+static uint32_t device_write(struct core *core, uint32_t index, uint32_t space, uint64_t offset, uint32_t size,
+                             uint64_t data, bool posted)
 {
     struct mailbox_request r = {.tag = TAG_WRITE, .space = space, .offset = offset, .size = (uint8_t)size,
                                 .data = data, .posted = posted};
-    return device_access(d, &r, NULL);
+    return device_access(core, &core->devices[index], &r, NULL);
 }
 
 /* ---- look-up ---- */
@@ -386,11 +446,6 @@ static bool locate(struct core *core, bool is_mmio, uint64_t addr, uint32_t size
     }
     pthread_rwlock_unlock(&core->table_lock);
     return whole;
-}
-
-static bool is_access_size(uint32_t size)
-{
-    return size == 1 || size == 2 || size == 4 || size == 8;
 }
 
 #define PCI_ENABLE 0x80000000u
@@ -453,10 +508,9 @@ static int serve_piece(struct core_vcpu *v, struct core_route *route, uint64_t a
         return EXIT_IO;
     }
     if (route->kind == ROUTE_DEVICE) {
-        struct device *d = &core->devices[route->index];
         uint64_t offset = route->base_offset + (addr - route->start);
-        uint32_t gone = is_write ? device_write(d, route->space, offset, size, value, true)
-                                 : device_read(d, route->space, offset, size, &value);
+        uint32_t gone = is_write ? device_write(core, route->index, route->space, offset, size, value, true)
+                                 : device_read(core, route->index, route->space, offset, size, &value);
         if (gone) {
             v->exit.index = route->index;
             v->exit.cause = GONE_CAUSE(gone);
@@ -699,6 +753,7 @@ struct core *core_new(uint32_t deadline_ms)
     pthread_rwlock_init(&core->table_lock, &attributes);
     pthread_rwlockattr_destroy(&attributes);
     pthread_mutex_init(&core->add_lock, NULL);
+    pthread_mutex_init(&core->ring_lock, NULL);
     if (!core->tables[0] || !core->tables[1]) {
         core_free(core);
         return NULL;
@@ -722,10 +777,13 @@ void core_free(struct core *core)
         device_close(&core->devices[i]);
         pthread_mutex_destroy(&core->devices[i].lock);
     }
+    if (core->ring)
+        munmap((void *)core->ring, PAGE_SIZE);
     free(core->tables[0]);
     free(core->tables[1]);
     pthread_rwlock_destroy(&core->table_lock);
     pthread_mutex_destroy(&core->add_lock);
+    pthread_mutex_destroy(&core->ring_lock);
     free(core);
 }
 
@@ -849,7 +907,7 @@ uint32_t core_read(struct core *core, uint32_t index, uint32_t space, uint64_t o
 {
     if (index >= core->n_devices || !is_access_size(size))
         return CORE_INVALID;
-    return device_read(&core->devices[index], space, offset, size, data);
+    return device_read(core, index, space, offset, size, data);
 }
 
 uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t offset, uint32_t size,
@@ -857,7 +915,35 @@ uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t 
 {
     if (index >= core->n_devices || !is_access_size(size) || data > all_ones(size))
         return CORE_INVALID;
-    return device_write(&core->devices[index], space, offset, size, data, posted);
+    return device_write(core, index, space, offset, size, data, posted);
+}
+
+/* KVM is about to put writes to device `index` into the VM's ring, which is page `page` of any vCPU's `fd`.  0 or -1
+ * with errno; before any vCPU runs. */
+int core_coalesce(struct core *core, int fd, uint32_t page, uint32_t index)
+{
+    if (index >= core->n_devices) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (!core->ring) {
+        void *ring = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)page * PAGE_SIZE);
+        if (ring == MAP_FAILED)
+            return -1;
+        core->ring = ring;
+    }
+    atomic_store(&core->devices[index].coalesced, true);
+    return 0;
+}
+
+/* Posts what the ring holds.  1 + index and cause of a device that could not take its writes, once; else 0. */
+uint32_t core_drain(struct core *core, uint32_t *gone)
+{
+    drain(core);
+    uint32_t lost = atomic_exchange(&core->lost, 0);
+    if (lost)
+        *gone = atomic_load(&core->devices[lost - 1].gone);
+    return lost;
 }
 
 /* Function `devfn` of bus 0 is device `index` from now on. */

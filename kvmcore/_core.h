@@ -81,6 +81,8 @@ uint32_t core_read(struct core *core, uint32_t index, uint32_t space, uint64_t o
                    uint64_t *data);
 uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t offset, uint32_t size,
                     uint64_t data, int posted);
+int core_coalesce(struct core *core, int fd, uint32_t page, uint32_t index);
+uint32_t core_drain(struct core *core, uint32_t *gone);
 int core_set_pci_function(struct core *core, uint32_t devfn, uint32_t index);
 uint32_t core_pci_address(struct core *core);
 int core_device_counters(struct core *core, uint32_t index, struct core_device_counters *counters);

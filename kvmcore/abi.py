@@ -36,6 +36,7 @@ CLOCK_DATA: Final = Struct("<QI4xQQ16x")  # clock, flags, realtime, host_tsc
 DTABLE: Final = Struct("<QH6x")  # base, limit
 FPU: Final = Struct("<128s2HBxHQQ256sI4x")  # fpr, fcw, fsw, ftwx, last_opcode, last_ip, last_dp, xmm, mxcsr
 INTERRUPT: Final = Struct("<I")  # irq
+COALESCED_ZONE: Final = Struct("<QII")  # addr, size, pio
 IOEVENTFD: Final = Struct("<QQIiI36x")  # datamatch, addr, len, fd, flags
 IRQ_LEVEL: Final = Struct("<2I")  # irq, level
 IRQ_ROUTING: Final = Struct("<2I")  # nr, flags; entries follow
@@ -74,6 +75,7 @@ class Ioctl(enum.IntEnum):
     KVM_SET_GSI_ROUTING = _iow(0x6A, IRQ_ROUTING)
     KVM_IRQFD = _iow(0x76, IRQFD)
     KVM_CREATE_PIT2 = _iow(0x77, PIT_CONFIG)
+    KVM_REGISTER_COALESCED_MMIO = _iow(0x67, COALESCED_ZONE)
     KVM_IOEVENTFD = _iow(0x79, IOEVENTFD)
     KVM_SET_CLOCK = _iow(0x7B, CLOCK_DATA)
     KVM_GET_CLOCK = _ior(0x7C, CLOCK_DATA)

@@ -207,6 +207,27 @@ class Core:
         """CONFIG_ADDRESS, as the guest last wrote it."""
         return int(lib.core_pci_address(self._core))
 
+    def coalesce(self, vcpu_fd: int, page: int, index: int) -> None:
+        """KVM coalesces writes to device `index`: post them before any later access to it, and in `drain`.
+
+        `page` of any vCPU is the VM's ring (KVM_CAP_COALESCED_MMIO).  Before any vCPU runs.
+
+        Raises:
+            OSError: it cannot be mapped, or there is no such device.
+        """
+        if lib.core_coalesce(self._core, vcpu_fd, page, index):
+            raise OSError(ffi.errno, f"coalesced writes: {os.strerror(ffi.errno)}")
+
+    def drain(self) -> None:
+        """Post what KVM has coalesced: a guest that writes and then halts makes no exit.
+
+        Raises:
+            DeviceGone: the device is dead, or has just died of this.
+        """
+        gone = ffi.new("uint32_t *")
+        if lost := lib.core_drain(self._core, gone):
+            raise DeviceGone(lost - 1, _gone_text(gone[0] & 0xFF, gone[0] >> 8))
+
     def device_counters(self, index: int) -> DeviceCounters:
         """Raises IndexError if there is no such device."""
         counters = ffi.new("struct core_device_counters *")

@@ -229,6 +229,17 @@ class Vm(Handle):
             flags |= abi.KVM_IRQFD_FLAG_RESAMPLE
         self._set(Ioctl.KVM_IRQFD, abi.IRQFD.pack(eventfd, gsi, flags, resample or 0))
 
+    def coalesce_ports(self, port: int, size: int) -> int | None:
+        """KVM_REGISTER_COALESCED_MMIO: guest writes there wait in a ring; which page of a vCPU that is.
+
+        None: this KVM cannot, and they exit as ever.
+        """
+        page = self.check(Cap.KVM_CAP_COALESCED_MMIO)
+        if not page or not self.check(Cap.KVM_CAP_COALESCED_PIO):
+            return None
+        self._set(Ioctl.KVM_REGISTER_COALESCED_MMIO, abi.COALESCED_ZONE.pack(port, size, 1))
+        return page
+
     def ioeventfd(
         self,
         eventfd: int,

@@ -20,7 +20,7 @@ from kvmcore.bootfile import BootFile
 from kvmcore.errors import ConfigError, VmsupError
 from kvmcore.exitloop import Core, CoreVcpu, install_kick_signal
 from kvmcore.irq import GsiRouter
-from kvmcore.kvm import Kvm, Vm
+from kvmcore.kvm import Kvm, Vcpu, Vm
 from kvmcore.memory import GuestMemory
 from policies.errors import PolicyError
 from supervisor import confine, control, ending, machine
@@ -156,6 +156,7 @@ class _Launch:
             irqfd = chip.connect if chip is not None else vm.irqfd
             for proxy in proxies:
                 self._connect(proxy, buses, pci, irqfd, spawner.eventfds.get(proxy.name, {}))
+                self._coalesce(proxy, core, vm, vcpus[0])
             buses.publish()
         with step("load the kernel"):
             kernel = bzimage.load(config.kernel, memory)
@@ -195,6 +196,7 @@ class _Launch:
                 host.watched,
                 config.device_timeout + max(i.entry.patience_s for i in instances),
                 nursery.pid,
+                core.drain,
             )
             threads = [
                 VcpuThread(
@@ -244,6 +246,14 @@ class _Launch:
         if self.config.verbose:
             done_ms = (time.monotonic_ns() - self.began_ns) / 1e6
             self.say(f"{done_ms:8.1f} ms: {name}: done", level="info", event="step")
+
+    @staticmethod
+    def _coalesce(proxy: Proxy, core: Core, vm: Vm, vcpu: Vcpu) -> None:
+        for place in proxy.instance.ports:
+            for offset in proxy.instance.entry.coalesced(place.space):
+                page = vm.coalesce_ports(place.base + offset - place.offset, 1)
+                if page is not None:
+                    core.coalesce(vcpu.fd, page, proxy.index)
 
     def _say_accesses(self, core: Core, proxies: Sequence[Proxy], pci: PciRoot) -> None:
         """What the guest did to each device, and how long it was kept waiting."""

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
+from kvmcore.exitloop import DeviceGone
 from supervisor import ending, reaper
 from supervisor.ending import Ending
 from supervisor.host import Watched
@@ -24,6 +25,7 @@ from supervisor.vcputhread import VcpuThread
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_WORDS_S = 2.0  # how long a lost connection waits for the reaper's better word: its maps go first
 _FLUSH_S = 2.0  # how long devices may take to write out what they hold at the end
+_DRAIN_EVERY_MS = 20  # the longest that a halted guest's last writes wait
 _VCPU_JOIN_S = 1.0  # on top of the access deadline
 
 
@@ -68,6 +70,7 @@ class RunLoop:
         resized: called when the terminal may have another size.
         watched: whatever else has descriptors.
         access_timeout_s: the longest a vCPU can be held by a device.
+        drain: to be called now and then; raises DeviceGone.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class RunLoop:
         watched: Sequence[Watched],
         access_timeout_s: float,
         zygote_pid: int,
+        drain: Callable[[], None] = lambda: None,
     ) -> None:
         self._signals = signals
         self.proxies = proxies
@@ -89,6 +93,7 @@ class RunLoop:
         self._watched = watched
         self._access_timeout_s = access_timeout_s
         self._zygote_pid = zygote_pid
+        self._drain_writes = drain
         self._vcpus: list[VcpuThread] = []
         self._wakeup, self._wakeup_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._ending: Ending | None = None
@@ -140,7 +145,10 @@ class RunLoop:
         poll = select.poll()
         for fd, (events, _) in actions.items():
             poll.register(fd, events)
-        ready = dict(poll.poll(PING_EVERY_S * 500))
+        until_s = time.monotonic() + PING_EVERY_S / 2
+        while not (ready := dict(poll.poll(_DRAIN_EVERY_MS))) and time.monotonic() < until_s:
+            self._take_coalesced()
+        self._take_coalesced()
         # A panic or power-off that is followed by a reset counts as what it was.
         for fd, how in self._events:
             if fd in ready:
@@ -156,6 +164,12 @@ class RunLoop:
         now_s = time.monotonic()
         for proxy in self.proxies:
             proxy.check_alive(now_s)
+
+    def _take_coalesced(self) -> None:
+        try:
+            self._drain_writes()
+        except DeviceGone as e:
+            self._lost = (e.index, e.cause)
 
     def _actions(self) -> dict[int, tuple[int, Callable[[int, int], None]]]:
         """Descriptor -> (poll events, what to do)."""
@@ -272,6 +286,7 @@ class RunLoop:
         until_s = time.monotonic() + self._access_timeout_s + _VCPU_JOIN_S
         for vcpu in self._vcpus:
             vcpu.kick_until_over(until_s)
+        self._take_coalesced()
         alive = [p for p in self.proxies if not p.reaped]
         for proxy in alive:
             proxy.ask_to_stop()

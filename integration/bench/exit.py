@@ -97,6 +97,9 @@ class Vmsup:
         index = self._proxy.index
         pio = [*self._guest.pio, Route.device(DEVICE, 8, index, Space.PORT)]
         self._guest.core.set_routes(pio, [Route.device(MMIO, 8, index, Space.PORT)])
+        page = self._guest.vm.coalesce_ports(DEVICE, 1)
+        if page is not None:
+            self._guest.core.coalesce(self._guest.vcpus[0].fd, page, index)
         self._guest.core.write(index, Space.PORT, MCR, 1, RTS, posted=True)  # before, LSR has no shadow
 
     def run(self, op: int, place: str) -> array.array[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from integration.guests.harness import DONE, REPORT, Device, Guest
+from integration.guests.harness import DEVICE, DONE, REPORT, Device, Guest
 from kvmcore import layout
 from kvmcore.exitloop import Exit, ExitKind, Route
 from kvmcore.ioapic import IoApic
@@ -79,6 +79,21 @@ def test_device_memory_is_reached_in_every_size_and_across_pages(guest: Make) ->
     assert device.reads[:3] == [(0x20, 1), (0x22, 2), (0x24, 4)]
     covered = [offset + n for offset, size in device.reads[3:] for n in range(size)]
     assert covered == [*range(0xFFE, 0x1002), *range(0xFFF, 0x1003)]
+
+
+def test_coalesced_writes_come_in_order_and_before_a_read(guest: Make) -> None:
+    device = Device()
+    vm = guest("coalesced", devices=[device]).real_mode()
+    page = vm.vm.coalesce_ports(DEVICE, 1)
+    if page is None:
+        pytest.skip("this KVM coalesces no port writes")
+    vm.core.coalesce(vm.vcpus[0].fd, page, 0)
+    assert finished(vm.run())
+    assert [data for _, _, data in device.writes] == [n & 0xFF for n in range(400)]
+    vm.core.drain()
+    vm.core.mark_dead(0)
+    device.finish()
+    assert [data for _, _, data in device.writes[400:]] == [0x61] * 3
 
 
 def test_a_table_that_changes_while_the_guest_runs_is_used_at_once(guest: Make) -> None:

@@ -791,3 +791,94 @@ def test_the_table_of_devices_is_bounded() -> None:
         core.add_device(ours.fileno())
     ours.close()
     theirs.close()
+
+
+# -- coalesced writes
+
+RING_MAX = (mmap.PAGESIZE - 8) // 24  # KVM_COALESCED_MMIO_MAX
+
+
+class Ring:
+    """KVM's half of the ring of `machine`'s device 0 at port 0x600."""
+
+    def __init__(self, machine: Machine, device: Device, first: int = 0) -> None:
+        index = machine.add(device)
+        machine.core.set_routes([Route.device(0x600, 8, index, 0)], [])
+        fd = os.memfd_create("ring")
+        os.ftruncate(fd, 3 * mmap.PAGESIZE)
+        machine.core.coalesce(fd, 2, index)
+        self._page = mmap.mmap(fd, mmap.PAGESIZE, offset=2 * mmap.PAGESIZE)
+        os.close(fd)
+        self._last = first
+        self._page[:8] = struct.pack("=II", first, first)
+
+    def put(self, port: int, data: bytes, size: int | None = None) -> None:
+        entry = struct.pack("=QII8s", port, len(data) if size is None else size, 1, data)
+        self._page[8 + 24 * self._last : 32 + 24 * self._last] = entry
+        self._last = (self._last + 1) % RING_MAX
+        self._page[4:8] = struct.pack("=I", self._last)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._page[:4] == self._page[4:8]
+
+
+def test_coalesced_writes_come_in_order_and_before_a_later_access(machine: Machine) -> None:
+    device = Device()
+    ring = Ring(machine, device, first=RING_MAX - 2)
+    for n in range(100):
+        ring.put(0x600 + n % 3, bytes([n]))
+    machine.ins(0x607, 1)
+    assert ring.is_empty
+    machine.core.mark_dead(0)
+    writes = [wire.Write(0, n % 3, 1, n, True) for n in range(100)]
+    assert device.finish() == [*writes, wire.Read(0, 7, 1)]
+
+
+def test_an_access_to_another_device_leaves_coalesced_writes_where_they_are(machine: Machine) -> None:
+    ring = Ring(machine, Device())
+    other = machine.add(Device())
+    ring.put(0x600, b"x")
+    machine.core.read(other, 0, 0, 1)
+    assert not ring.is_empty
+
+
+def test_coalesced_writes_arrive_without_an_access(machine: Machine) -> None:
+    device = Device()
+    ring = Ring(machine, device)
+    ring.put(0x600, b"x")
+    ring.put(0x602, b"yz")
+    machine.core.drain()
+    assert ring.is_empty
+    machine.core.mark_dead(0)
+    assert device.finish() == [wire.Write(0, 0, 1, 0x78, True), wire.Write(0, 2, 2, 0x7A79, True)]
+
+
+def test_a_coalesced_write_that_no_device_takes_is_dropped(machine: Machine) -> None:
+    device = Device()
+    ring = Ring(machine, device)
+    ring.put(0x700, b"x")
+    ring.put(0x607, b"xy")
+    ring.put(0x600, b"xyz")
+    ring.put(0x600, b"", size=0xFFFFFFFF)
+    machine.core.drain()
+    assert ring.is_empty
+    machine.core.mark_dead(0)
+    assert device.finish() == []
+
+
+def test_a_device_that_is_gone_when_its_coalesced_writes_come_is_named_once(machine: Machine) -> None:
+    ring = Ring(machine, Device())
+    machine.core.mark_dead(0)
+    ring.put(0x600, b"x")
+    with pytest.raises(DeviceGone) as e:
+        machine.core.drain()
+    assert (e.value.index, e.value.cause) == (0, "it was given up")
+    machine.core.drain()
+
+
+def test_a_ring_that_cannot_be_mapped_or_is_nobodys_is_refused(machine: Machine) -> None:
+    machine.add(Device())
+    for fd, index in ((-1, 0), (0, 1)):
+        with pytest.raises(OSError, match="coalesced writes"):
+            machine.core.coalesce(fd, 2, index)
