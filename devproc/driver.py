@@ -60,11 +60,6 @@ class Driver(ABC):
         self.desc, self.driver, self.device = (self.room(count, 16).gpa for count in sizes)
         for area, count in zip((self.desc, self.driver, self.device), sizes, strict=True):
             memory.write(area, bytes(count))
-        # A view, because most of what fuzzing does is this; a guest that is driven from outside gives none.
-        self._rings: memoryview | None = None
-        if isinstance(memory, GuestMemory):
-            (self._rings,) = memory.views([(self.desc, self.device - self.desc + sizes[-1] & ~1)])
-            self._words = self._rings.cast("H")
         self._heap = self._next
         self._offered: dict[int, _Offered] = {}
         self._added = 0  # since kick_wanted was last asked
@@ -163,26 +158,16 @@ class Driver(ABC):
     def _kick_wanted(self, added: int) -> bool: ...
 
     def _load16(self, gpa: int) -> int:
-        if self._rings is None:
-            return int.from_bytes(self.memory.read(gpa, 2), "little")
-        return self._words[(gpa - self.desc) >> 1]
+        return int.from_bytes(self.memory.read(gpa, 2), "little")
 
     def _store16(self, gpa: int, value: int) -> None:
-        if self._rings is None:
-            self.memory.write(gpa, (value & 0xFFFF).to_bytes(2, "little"))
-        else:
-            self._words[(gpa - self.desc) >> 1] = value & 0xFFFF
+        self.memory.write(gpa, (value & 0xFFFF).to_bytes(2, "little"))
 
     def _pack(self, layout: Struct, gpa: int, *values: int) -> None:
-        if self._rings is None:
-            self.memory.write(gpa, layout.pack(*values))
-        else:
-            layout.pack_into(self._rings, gpa - self.desc, *values)
+        self.memory.write(gpa, layout.pack(*values))
 
     def _unpack(self, layout: Struct, gpa: int) -> tuple[int, ...]:
-        if self._rings is None:
-            return layout.unpack(self.memory.read(gpa, layout.size))
-        return layout.unpack_from(self._rings, gpa - self.desc)
+        return layout.unpack(self.memory.read(gpa, layout.size))
 
 
 class SplitDriver(Driver):
