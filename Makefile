@@ -16,8 +16,8 @@ PACKAGES := python3-venv python3-dev gcc libc6-dev libcap-dev libseccomp2
 PACKAGES += qemu-system-x86 busybox-static lz4
 # What guests' networks are made of: interfaces, a user's way out, a measure.
 PACKAGES += iproute2 passt iperf3
-# Independent readers of what tests make: iasl, dtc, qemu-img, e2fsck; lspci runs in a guest.
-PACKAGES += acpica-tools device-tree-compiler pciutils qemu-utils e2fsprogs
+# Independent readers of what tests make: iasl, dtc, qemu-img, e2fsck; lspci and fio run in guests.
+PACKAGES += acpica-tools device-tree-compiler pciutils fio qemu-utils e2fsprogs
 
 # libFuzzer, for `make fuzz` alone.
 FUZZ_PACKAGES := clang-14 libclang-rt-14-dev

@@ -60,9 +60,6 @@ class Driver(ABC):
         self.desc, self.driver, self.device = (self.room(count, 16).gpa for count in sizes)
         for area, count in zip((self.desc, self.driver, self.device), sizes, strict=True):
             memory.write(area, bytes(count))
-        # Views, because most of what fuzzing does is this.
-        (self._rings,) = memory.views([(self.desc, self.device - self.desc + sizes[-1] & ~1)])
-        self._words = self._rings.cast("H")
         self._heap = self._next
         self._offered: dict[int, _Offered] = {}
         self._added = 0  # since kick_wanted was last asked
@@ -161,10 +158,16 @@ class Driver(ABC):
     def _kick_wanted(self, added: int) -> bool: ...
 
     def _load16(self, gpa: int) -> int:
-        return self._words[(gpa - self.desc) >> 1]
+        return int.from_bytes(self.memory.read(gpa, 2), "little")
 
     def _store16(self, gpa: int, value: int) -> None:
-        self._words[(gpa - self.desc) >> 1] = value & 0xFFFF
+        self.memory.write(gpa, (value & 0xFFFF).to_bytes(2, "little"))
+
+    def _pack(self, layout: Struct, gpa: int, *values: int) -> None:
+        self.memory.write(gpa, layout.pack(*values))
+
+    def _unpack(self, layout: Struct, gpa: int) -> tuple[int, ...]:
+        return layout.unpack(self.memory.read(gpa, layout.size))
 
 
 class SplitDriver(Driver):
@@ -196,7 +199,7 @@ class SplitDriver(Driver):
 
     def descriptor(self, index: int, addr: int, size: int, flags: int, next: int = 0) -> None:
         """Write one descriptor of the table, whatever it says."""
-        _DESC.pack_into(self._rings, 16 * index, addr, size, flags, next)
+        self._pack(_DESC, self.desc + 16 * index, addr, size, flags, next)
 
     def offer(self, head: int) -> None:
         """Put `head` into the available ring, whatever it is."""
@@ -237,7 +240,7 @@ class SplitDriver(Driver):
         if self._load16(self.device + 2) == self._seen:
             return None
         at = self.device + 4 + 8 * (self._seen % self.size)
-        id, written = _USED_ELEM.unpack_from(self._rings, at - self.desc)
+        id, written = self._unpack(_USED_ELEM, at)
         self._seen = (self._seen + 1) & 0xFFFF
         return id, written
 
@@ -276,7 +279,7 @@ class PackedDriver(Driver):
 
     def descriptor(self, index: int, addr: int, size: int, id: int, flags: int) -> None:
         """Write one descriptor of the ring, whatever it says; its flags last."""
-        _ADDR_LEN_ID.pack_into(self._rings, 16 * index, addr, size, id)
+        self._pack(_ADDR_LEN_ID, self.desc + 16 * index, addr, size, id)
         self._store16(self.desc + 16 * index + 14, flags)
 
     @property
@@ -319,7 +322,7 @@ class PackedDriver(Driver):
         both = spec.DESC_F_AVAIL | spec.DESC_F_USED
         if self._load16(at + 14) & both != both * self._wrap(self._seen):
             return None
-        _, written, id, flags = _DESC.unpack_from(self._rings, at - self.desc)
+        _, written, id, flags = self._unpack(_DESC, at)
         assert bool(flags & spec.DESC_F_WRITE) == (written > 0), f"chain {id}: WRITE, and {written} bytes"
         return id, written
 

@@ -18,7 +18,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +47,8 @@ _SAMPLE_S: Final = 1.0  # how often an input that reached nothing new is rehears
 _PART: Final = 48 * RECORD.size  # of a recording, to be an input
 
 Say = Callable[[str], None]
+Corpus = Path | MutableMapping[str, bytes]
+"""A directory, or files by name that are somewhere else (fuzzcluster.open_corpus)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Plan:
     """What the user asked for.
 
     Attributes:
-        corpus: directory of inputs to start from and to add to; None keeps nothing.
+        corpus: inputs to start from and to add to; None keeps nothing.
         crashes: directory of what was found.
         time_s, runs: when to end; None for both: at Ctrl-C.
         words: a dictionary: numbers, and texts.
@@ -65,7 +67,7 @@ class Plan:
     """
 
     device: str
-    corpus: Path | None = None
+    corpus: Corpus | None = None
     crashes: Path = Path("crashes")
     time_s: float | None = None
     runs: int | None = None
@@ -126,29 +128,36 @@ def read_input(entry: Entry, path: Path) -> Rep:
         ConfigError: it cannot be read, or is the text of another device, or no text.
     """
     try:
-        data = path.read_bytes()
+        return _input_of(entry, path.read_bytes(), str(path))
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from None
+
+
+def _input_of(entry: Entry, data: bytes, where: str) -> Rep:
     if data.startswith(b"vmrep "):
         try:
             rep = parse(data.decode())
         except (InputError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: {e}") from None
+            raise ConfigError(f"{where}: {e}") from None
         if rep.device != entry.name:
-            raise ConfigError(f"{path}: an input for {rep.device}, not {entry.name}")
+            raise ConfigError(f"{where}: an input for {rep.device}, not {entry.name}")
         return rep
     return Rep(entry.name, canonical(entry, data[:INPUT_MAX]), default_params(entry))
 
 
-def read_corpus(entry: Entry, where: Path) -> dict[str, bytes]:
+def read_corpus(entry: Entry, where: Corpus) -> dict[str, bytes]:
     """The inputs in a directory, by name; any fuzzer's corpus will do.  Raises ConfigError."""
     found = {}
     try:
-        paths = sorted(p for p in where.iterdir() if p.is_file()) if where.exists() else []
+        if isinstance(where, Path):
+            paths = sorted(p for p in where.iterdir() if p.is_file()) if where.exists() else []
+            files = {str(path): path.read_bytes() for path in paths}
+        else:
+            files = {name: where[name] for name in sorted(where)}
     except OSError as e:
-        raise ConfigError(f"{where}: {e.strerror}") from None
-    for path in paths:
-        data = canonical(entry, read_input(entry, path).data, recorded=True)
+        raise ConfigError(f"{where if isinstance(where, Path) else 'corpus'}: {e}") from None
+    for path, content in files.items():
+        data = canonical(entry, _input_of(entry, content, path).data, recorded=True)
         for start in range(0, len(data), _PART):  # a recording is long
             part = canonical(entry, data[start : start + _PART])
             if part:
@@ -300,14 +309,14 @@ class Campaign:
         self.plan = plan
         self.entry = lookup(plan.device)
         self.result = Result(plan.device)
-        self._say = say
+        self.say = say
         self._undo = contextlib.ExitStack()
-        self._stop = False
+        self.stopped = False
         self._sampled_s = 0.0
         self.params = default_params(self.entry) if plan.params is None else plan.params
         try:
             self.result.blocks = instrument.blocks(self.entry)
-            self._seeds = list((read_corpus(self.entry, plan.corpus) if plan.corpus else {}).values())
+            self.seeds = list((read_corpus(self.entry, plan.corpus) if plan.corpus else {}).values())
             jail.adopt_orphans()
             self._undo.callback(jail.adopt_orphans, False)
             self._executors = self._zygote("devproc.fuzz.executor")
@@ -346,17 +355,17 @@ class Campaign:
         plan, result = self.plan, self.result
         workers = [self._worker(number) for number in range(plan.workers)]
         for worker in workers:
-            worker.backlog = list(self._seeds)
+            worker.backlog = list(self.seeds)
         began_s = time.monotonic()
         shown_s = 0.0
         counts = dict.fromkeys(range(plan.workers), 200)
         asked_s = dict.fromkeys(range(plan.workers), 0.0)
-        with self._interruptible():
+        with self.interruptible():
             while True:
                 now_s = time.monotonic()
                 result.seconds = now_s - began_s
                 over = (
-                    self._stop
+                    self.stopped
                     or (plan.stop and bool(result.findings))
                     or (plan.time_s is not None and result.seconds >= plan.time_s)
                     or (plan.runs is not None and result.runs >= plan.runs)
@@ -417,12 +426,12 @@ class Campaign:
         except (KeyError, TypeError, ValueError) as e:
             raise Died("died", f"broke the protocol: an answer with a wrong {e!r:.100}") from None
         for data in fresh:
-            self._keep(data)
+            self.keep(data)
             for other in workers:
                 if other is not worker:
                     other.backlog.append(data)
         for data in found:
-            self._report(self._judged(data), data)
+            self.report(self._judged(data), data)
         now_s = time.monotonic()
         if now_s - self._sampled_s >= _SAMPLE_S:
             self._sampled_s = now_s
@@ -430,14 +439,18 @@ class Campaign:
         for data in fresh:
             self._compare(data)
 
-    def _keep(self, data: bytes) -> None:
+    def keep(self, data: bytes) -> None:
+        """Have it join the corpus."""
         name = name_of(data)
         if name in self.result.corpus:
             return
         self.result.corpus[name] = data
-        if self.plan.corpus is not None:
-            self.plan.corpus.mkdir(parents=True, exist_ok=True)
-            (self.plan.corpus / name).write_bytes(data)
+        corpus = self.plan.corpus
+        if isinstance(corpus, Path):
+            corpus.mkdir(parents=True, exist_ok=True)
+            (corpus / name).write_bytes(data)
+        elif corpus is not None:
+            corpus[name] = data
 
     def _compare(self, data: bytes) -> None:
         try:
@@ -446,7 +459,7 @@ class Campaign:
             self._bury(self.judge, death)
             return
         if why is not None:
-            self._report(Finding.of("disagree", why), data)
+            self.report(Finding.of("disagree", why), data)
 
     def _bury(self, worker: Worker, death: Died) -> None:
         """An executor died of the input in its page."""
@@ -456,9 +469,9 @@ class Campaign:
             self.result.runs += begun
             worker.backlog = list(self.result.corpus.values())
         if death.kind == "hang":
-            self._report(self._judged(data), data)
+            self.report(self._judged(data), data)
         else:
-            self._report(Finding.of(death.kind, death.why), data)
+            self.report(Finding.of(death.kind, death.why), data)
 
     def compare(self, data: bytes) -> str | None:
         """How the device behind the real wire differs from the bench, in a line; None: it does not."""
@@ -470,13 +483,14 @@ class Campaign:
         self.result.compared += 1
         return self._rehearsal.differs(Rep(self.entry.name, data, self.params), answer["steps"])
 
-    def _report(self, finding: Finding | None, data: bytes) -> None:
+    def report(self, finding: Finding | None, data: bytes) -> None:
+        """Keep what is wrong with an input, unless it is nothing or known."""
         if finding is None or any(f.key == finding.key for f in self.result.findings):
             return
         kept = self._findings.keep(finding, data, self.verdicts_of(finding))
         if not any(f.key == kept.key for f in self.result.findings):
             self.result.findings.append(kept)
-            self._say(f"{kept.name}: {kept.why} ({self.plan.crashes / kept.name})")
+            self.say(f"{kept.name}: {kept.why} ({self.plan.crashes / kept.name})")
 
     # -- judging
 
@@ -506,6 +520,18 @@ class Campaign:
             found.append(None if why is None else Finding.of("disagree", why))
         return found
 
+    def verdict(self, data: bytes) -> Finding | None:
+        """What is wrong with an input, by itself and behind the real wire."""
+        finding = self._judged(data)
+        if finding is None:
+            try:
+                why = self.compare(data)
+            except Died as death:
+                self.judge.again()
+                return Finding.of(death.kind, death.why)
+            finding = None if why is None else Finding.of("disagree", why)
+        return finding
+
     def _judged(self, data: bytes) -> Finding | None:
         """What a process of its own finds in an input, with more time."""
         return self.verdicts([data])[0]
@@ -527,13 +553,13 @@ class Campaign:
         return found
 
     @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """The first Ctrl-C ends the campaign in order, the second at once."""
 
         def stop(*_: object) -> None:
-            if self._stop:
+            if self.stopped:
                 raise KeyboardInterrupt
-            self._stop = True
+            self.stopped = True
 
         before = signal.signal(signal.SIGINT, stop)
         try:

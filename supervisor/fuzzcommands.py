@@ -11,7 +11,7 @@ from devproc import jail
 from devproc.catalog import CATALOG
 from devproc.fuzz.inputs import Rep, to_text
 from kvmcore.errors import ConfigError
-from supervisor import fuzzreport
+from supervisor import fuzzcluster, fuzzreport
 from supervisor.findings import FOUND, Finding, minimised
 from supervisor.fuzz import Campaign, Plan, lookup, name_of, read_corpus, read_dictionary, read_input
 from supervisor.subject import Died
@@ -30,6 +30,8 @@ def command(args: argparse.Namespace, say: Say, status: Say) -> tuple[str, int]:
         raise ConfigError("--workers must lie in [1, 64]")
     if not args.timeout > 0:
         raise ConfigError("--timeout must be more than 0")
+    if isinstance(args.corpus, str):
+        args.corpus = fuzzcluster.open_corpus(args.corpus)
     match args.target:
         case "replay":
             return _replay(args, say)
@@ -69,8 +71,12 @@ def _fuzz(args: argparse.Namespace, say: Say, status: Say) -> tuple[str, int]:
         status("")
         say(line)
 
-    with Campaign(_plan(args, args.target), keep) as campaign:
-        result = campaign.run(status)
+    plan = _plan(args, args.target)
+    if args.scheduler is not None:
+        result = fuzzcluster.fuzz(plan, args.scheduler, keep, status)
+    else:
+        with Campaign(plan, keep) as campaign:
+            result = campaign.run(status)
     status("")
     if args.junit:
         _write(args.junit, fuzzreport.junit(result))
@@ -102,7 +108,7 @@ def _replay(args: argparse.Namespace, say: Say) -> tuple[str, int]:
     found: list[Finding] = []
     for path, rep in _inputs(args):
         with _campaign_of(args, rep, say) as campaign:
-            finding = _verdict(campaign, rep.data)
+            finding = campaign.verdict(rep.data)
         if finding is None:
             lines.append(f"{path}: nothing found")
             continue
@@ -117,23 +123,12 @@ def _campaign_of(args: argparse.Namespace, rep: Rep, say: Say) -> Campaign:
     return Campaign(replace(_plan(args, rep.device), corpus=None, params=rep.params), say)
 
 
-def _verdict(campaign: Campaign, data: bytes) -> Finding | None:
-    finding = campaign.verdicts([data])[0]
-    if finding is None:
-        try:
-            why = campaign.compare(data)
-        except Died as death:
-            return Finding.of(death.kind, death.why)
-        finding = None if why is None else Finding.of("disagree", why)
-    return finding
-
-
 def _minimize(args: argparse.Namespace, say: Say) -> tuple[str, int]:
     [(path, rep), *more] = _inputs(args)
     if more or args.output is None:
         raise ConfigError("expected: vmsup fuzz minimize FILE -o FILE")
     with _campaign_of(args, rep, say) as campaign:
-        finding = _verdict(campaign, rep.data)
+        finding = campaign.verdict(rep.data)
         if finding is None:
             raise ConfigError(f"{path}: shows nothing that could be kept while it is made smaller")
         small = minimised(rep.data, finding, campaign.verdicts_of(finding))

@@ -23,6 +23,10 @@ too much memory, nothing worse; 33 vmsup itself failed; 35 bad arguments or file
 """
 
 
+def _corpus(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` what `command` takes."""
     add = parser.add_argument
@@ -33,12 +37,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="...",
         help="of replay and minimize: FILE; of cmin and coverage: DEVICE",
     )
-    add("--corpus", type=Path, metavar="DIR", help="inputs to start from; what reaches more is added")
+    add(
+        "--corpus",
+        type=_corpus,
+        metavar="DIR",
+        help="inputs to start from; what reaches more is added; a directory or an fsspec URL",
+    )
     add("--crashes", type=Path, metavar="DIR", default=Path("crashes"), help="where findings go [crashes]")
     add("--time", type=float, metavar="S", help="end after so many seconds")
     add("--runs", type=int, metavar="N", help="end after so many inputs")
     add("--workers", type=int, metavar="N", default=1, help="processes that fuzz at once, 1 to 64 [1]")
     add("--seed", type=int, metavar="N", default=1, help="other inputs for another seed [1]")
+    add("--scheduler", metavar="ADDRESS", help="let the workers of a Dask cluster do it, --workers at once")
     add("--dict", type=Path, metavar="FILE", help='words to try, name="text" in each line, as AFL reads it')
     add(
         "--timeout",

@@ -8,13 +8,12 @@ end says here is bounded, checked and waited for only so long; from then on its 
 from __future__ import annotations
 
 import socket
-import time
 from typing import Final
 
 from devproc.catalog import FS, VHOST_BLK_CONFIG, VHOST_NET
+from devproc.vhost.connection import Closed, Connection
 from devproc.vhost.message import (
     F_PROTOCOL_FEATURES,
-    HEADER_SIZE,
     PROTOCOL_F_CONFIG,
     PROTOCOL_F_MQ,
     ConfigSpace,
@@ -22,7 +21,6 @@ from devproc.vhost.message import (
     Payload,
     Request,
     pack,
-    parse_header,
     parse_reply,
 )
 from devproc.virtio import spec
@@ -32,7 +30,6 @@ from supervisor.config import VhostUserConfig
 from supervisor.host import Host, Opened
 from supervisor.nets import address
 
-_PATIENCE_S: Final = 5.0
 _RINGS: Final = spec.F_VERSION_1 | spec.F_INDIRECT_DESC | spec.F_EVENT_IDX | spec.F_RING_PACKED
 _NUM_QUEUES: Final = 0x22  # 5.2.4, 16 bits
 
@@ -47,42 +44,22 @@ _FEATURES: Final = {
 """Those of a device type that its model can pass on: masks (virtio 1.2, 5.1.3, 5.2.3, 5.11.3)."""
 
 
-class _Talk:
-    """The conversation before the device has its process; `_Talk.ask` raises OSError and MessageError."""
-
-    def __init__(self, path: str) -> None:
-        """Connect; raises OSError."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._until_s = time.monotonic() + _PATIENCE_S
-        try:
-            self.sock.settimeout(_PATIENCE_S)
-            self.sock.connect(path)
-        except OSError:
-            self.sock.close()
-            raise
+class _Talk(Connection):
+    """The conversation before the device has its process; raises Closed and MessageError."""
 
     def tell(self, request: Request, payload: Payload = None) -> None:
-        self.sock.sendall(pack(request, payload))
+        self.send(pack(request, payload))
+
+    def ask(self, request: Request, payload: Payload = None) -> Payload:
+        self.tell(request, payload)
+        answer = self.receive()
+        answer.close()
+        return parse_reply(request, answer.header, answer.body)
 
     def number(self, request: Request) -> int:
         answer = self.ask(request)
         assert isinstance(answer, int)
         return answer
-
-    def ask(self, request: Request, payload: Payload = None) -> Payload:
-        self.tell(request, payload)
-        header = parse_header(self._receive(HEADER_SIZE))
-        return parse_reply(request, header, self._receive(header.size))
-
-    def _receive(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            self.sock.settimeout(max(self._until_s - time.monotonic(), 0.001))
-            more = self.sock.recv(size - len(data))
-            if not more:
-                raise MessageError("it has closed the connection")
-            data += more
-        return data
 
 
 def open_vhost_user(vhost: VhostUserConfig, host: Host) -> Opened:
@@ -92,29 +69,28 @@ def open_vhost_user(vhost: VhostUserConfig, host: Host) -> Opened:
         ConfigError: there is no back end at the socket, or not one that can be this device.
     """
     where = f"--vhost-user {vhost.type},socket={vhost.socket}"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    host.undo.callback(sock.close)
+    talk = _Talk(sock)
     try:
-        talk = _Talk(vhost.socket)
+        sock.connect(vhost.socket)
+        params = _settle(vhost, talk)
     except OSError as e:
         raise ConfigError(f"{where}: {e.strerror or e}") from None
-    host.undo.callback(talk.sock.close)
-    try:
-        params = _settle(vhost, talk)
-    except TimeoutError:
-        raise ConfigError(f"{where}: the back end has not answered in {_PATIENCE_S:g} s") from None
-    except OSError as e:
-        raise ConfigError(f"{where}: the back end has gone: {e.strerror}") from None
+    except Closed:
+        raise ConfigError(f"{where}: the back end has closed the connection") from None
     except MessageError as e:
         raise ConfigError(f"{where}: the back end: {e}") from None
-    talk.sock.setblocking(False)
-    return Opened({"backend": (talk.sock.fileno(),)}, params)
+    sock.setblocking(False)
+    return Opened({"backend": (sock.fileno(),)}, params)
 
 
 def _settle(vhost: VhostUserConfig, talk: _Talk) -> tuple[Scalar, ...]:
     """What both can do, and what the model has to know of it: its parameters.
 
     Raises:
-        MessageError: the other end is no such back end.
-        OSError: it is gone, or silent.
+        MessageError: the other end is no such back end, or silent.
+        Closed: it is gone.
     """
     disk = vhost.type == "block"
     offered = talk.number(Request.GET_FEATURES)

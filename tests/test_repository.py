@@ -24,6 +24,8 @@ IMPORTERS = {
     "elftools": {"kvmcore/elf.py"},
     "cffi": {"kvmcore/_build.py"},
     "kvmcore._core": {"kvmcore/exitloop.py"},
+    "distributed": {"supervisor/fuzzcluster.py"},
+    "fsspec": {"supervisor/fuzzcluster.py"},
 }
 
 

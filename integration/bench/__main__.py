@@ -20,8 +20,8 @@ from typing import Final
 from integration import kvm
 from integration.bench import report
 
-TINY: Final = ("exit", "scale", "processes")  # our own guests
-STOCK: Final[tuple[str, ...]] = ()  # Linux
+TINY: Final = ("exit", "scale", "processes", "crowd")  # our own guests
+STOCK: Final = ("boot", "console", "block", "net")  # Linux
 TESTBED: Final = Path(__file__).parents[1] / "testbed/run"
 TESTBED_S: Final = 3600
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -20,6 +19,13 @@ from devproc.wire import Space
 from integration.boot import vm
 from integration.machine.conftest import PATIENCE_S, Machine
 from integration.machine.remote import Remote, RemoteFunction, RemoteMemory
+from integration.vhost.programs import (
+    NEEDS_STORAGE_DAEMON,
+    NEEDS_VIRTIOFSD,
+    Program,
+    storage_daemon,
+    virtiofsd,
+)
 
 pytestmark = pytest.mark.kvm
 
@@ -27,18 +33,6 @@ SLOT = 1
 RINGS = 0x400000
 SIZE = 1 << 20
 VECTOR = 0x41
-VIRTIOFSD = next(
-    (p for p in ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd") if os.access(p, os.X_OK)), None
-)
-NEEDS_STORAGE_DAEMON = pytest.mark.skipif(
-    shutil.which("qemu-storage-daemon") is None,
-    reason="qemu-storage-daemon (Debian: qemu-system-common, qemu-storage-daemon) is not installed",
-)
-NEEDS_VIRTIOFSD = pytest.mark.skipif(
-    VIRTIOFSD is None or os.geteuid() != 0,
-    reason="virtiofsd (Debian: qemu-system-common, virtiofsd) is not installed, or this is not root",
-)
-
 Start = Callable[..., Machine]
 
 
@@ -49,16 +43,6 @@ def within_patience(condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.001)
     return True
-
-
-def listening(command: list[str], path: Path) -> subprocess.Popen[bytes]:
-    """The program, once it has made its socket."""
-    program = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert within_patience(lambda: path.exists() or program.poll() is not None)
-    if not path.exists():
-        program.kill()
-        raise AssertionError(program.communicate()[1])
-    return program
 
 
 @pytest.fixture
@@ -74,26 +58,9 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def daemon(path: Path, image: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The storage daemon, with two queues."""
-    export = f"type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={path},num-queues=2"
-    blockdev = f"driver=file,node-name=d,filename={image}"
-    command = ["qemu-storage-daemon", "--blockdev", blockdev, "--export", export]
-    with listening(command, path) as program:
+def daemon(path: Path, image: Path) -> Iterator[Program]:
+    with storage_daemon(image, path) as program:
         yield program
-        program.kill()
-
-
-@pytest.fixture
-def virtiofsd(path: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    assert VIRTIOFSD is not None
-    (tmp_path / "shared").mkdir()
-    command = [VIRTIOFSD, f"--socket-path={path}", "-o", f"source={tmp_path / 'shared'}"]
-    if VIRTIOFSD == "/usr/libexec/virtiofsd":
-        command[2:] = ["--shared-dir", str(tmp_path / "shared")]
-    with listening(command, path) as program:
-        yield program
-        program.kill()
 
 
 class Function:
@@ -134,9 +101,7 @@ def start(machine: Start, *options: str) -> Function:
 
 
 @NEEDS_STORAGE_DAEMON
-def test_a_disk_of_the_storage_daemons(
-    machine: Start, daemon: subprocess.Popen[bytes], path: Path, image: Path
-) -> None:
+def test_a_disk_of_the_storage_daemons(machine: Start, daemon: Program, path: Path, image: Path) -> None:
     disk = start(machine, "--vhost-user", f"block,socket={path}")
     driver, guest = disk.driver, disk.guest
     assert driver.config(0, 8) == SIZE // 512
@@ -173,7 +138,7 @@ def test_a_disk_of_the_storage_daemons(
 
 @NEEDS_STORAGE_DAEMON
 def test_rings_go_on_where_they_were_when_bus_mastering_is_back(
-    machine: Start, daemon: subprocess.Popen[bytes], path: Path, image: Path
+    machine: Start, daemon: Program, path: Path, image: Path
 ) -> None:
     disk = start(machine, "--vhost-user", f"block,socket={path},queues=1")
     driver = disk.driver
@@ -190,16 +155,17 @@ def test_rings_go_on_where_they_were_when_bus_mastering_is_back(
 
 
 @NEEDS_VIRTIOFSD
-def test_a_directory_of_virtiofsds(machine: Start, virtiofsd: subprocess.Popen[bytes], path: Path) -> None:
-    shared = start(machine, "--vhost-user", f"fs,socket={path},tag=shared")
-    assert shared.driver.config(0, 4).to_bytes(4, "little") == b"shar"
-    shared.start()
-    # FUSE_INIT of version 7.31: length, opcode, unique, node, uid, gid, pid, padding; then the versions
-    init = pack("<IIQQIIII", 56, 26, 77, 0, 0, 0, 0, 0) + pack("<IIII", 7, 31, 1 << 17, 0)
-    answer = shared.ask(1, init, 80)
-    assert answer[:16] == pack("<IiQ", 80, 0, 77)
-    assert answer[16:20] == pack("<I", 7)
-    assert shared.guest.power_off() == 0
+def test_a_directory_of_virtiofsds(machine: Start, path: Path, tmp_path: Path) -> None:
+    with virtiofsd(tmp_path, path):
+        shared = start(machine, "--vhost-user", f"fs,socket={path},tag=shared")
+        assert shared.driver.config(0, 4).to_bytes(4, "little") == b"shar"
+        shared.start()
+        # FUSE_INIT of version 7.31: length, opcode, unique, node, uid, gid, pid, padding; then the versions
+        init = pack("<IIQQIIII", 56, 26, 77, 0, 0, 0, 0, 0) + pack("<IIII", 7, 31, 1 << 17, 0)
+        answer = shared.ask(1, init, 80)
+        assert answer[:16] == pack("<IiQ", 80, 0, 77)
+        assert answer[16:20] == pack("<I", 7)
+        assert shared.guest.power_off() == 0
 
 
 def test_no_back_end_is_one_line_and_no_vm(elf: Callable[[str], str], path: Path) -> None:

@@ -150,10 +150,10 @@ def _connected(path: Path) -> socket.socket:
 class BackEnd:
     """A running `vmsup device`."""
 
-    def __init__(self, path: Path, *words: str) -> None:
+    def __init__(self, path: Path, *words: str, before: Sequence[str] = ()) -> None:
         self.path = path
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "supervisor.cli", "device", *words, "--socket", str(path)],
+            [*before, sys.executable, "-P", "-m", "supervisor.cli", "device", *words, "--socket", str(path)],
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,

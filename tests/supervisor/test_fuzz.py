@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from devproc.fuzz import instrument
 from devproc.fuzz.inputs import RECORD, Op, Record, Rep, default_params, encode, parse, records, to_text
 from integration.fuzz.seeded import BUGS, Bug, plant, plant_bug
 from kvmcore.errors import ConfigError
-from supervisor import fuzzreport
+from supervisor import fuzzcluster, fuzzreport
 from supervisor.findings import Finding, minimised
 from supervisor.fuzz import Campaign, Plan, Result, name_of, read_corpus, read_dictionary, read_input
 from supervisor.fuzzoptions import HANG_S
@@ -240,6 +241,46 @@ def test_a_recording_in_a_corpus_is_several_inputs_without_its_answers(tmp_path:
     found = read_corpus(CATALOG["serial"], tmp_path)
     plain = Record(Op.READ, size=1)
     assert sorted(found.values(), key=len) == [encode([plain] * n) for n in (4, 48)]
+
+
+def test_a_corpus_may_be_files_that_are_somewhere_else(tmp_path: Path) -> None:
+    read = encode([Record(Op.READ, size=1)])
+    elsewhere = {"any": read, "text": to_text(Rep("i8042", read)).encode()}
+    plan = Plan("i8042", elsewhere, tmp_path, runs=50, mode=jail.Mode.NONE, timeout_s=1.0, compare=False)
+    with Campaign(plan, nothing) as campaign:
+        assert campaign.seeds == [read]
+        result = campaign.run(nothing)
+    assert {name: elsewhere[name] for name in result.corpus} == result.corpus
+
+
+def test_a_corpus_may_be_where_fsspec_can_put_it() -> None:
+    fsspec = pytest.importorskip("fsspec", reason="needs fsspec: pip install 'vmsup[cluster]'")
+    corpus = fuzzcluster.open_corpus("memory://inputs/i8042")
+    corpus["one"] = encode([Record(Op.READ, size=1)])
+    assert fsspec.filesystem("memory").ls("/inputs/i8042", detail=False) == ["/inputs/i8042/one"]
+    assert list(read_corpus(CATALOG["i8042"], corpus).values()) == [encode([Record(Op.READ, size=1)])]
+
+
+def test_what_is_optional_is_named_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(ConfigError, match=r"--scheduler: .*vmsup\[cluster\]"):
+        fuzzcluster.fuzz(Plan("pvpanic", crashes=tmp_path, mode=jail.Mode.NONE), "x", nothing, nothing)
+    with pytest.raises(ConfigError, match=r"--corpus s3://x: .*vmsup\[cluster\]"):
+        fuzzcluster.open_corpus("s3://x")
+
+
+def test_a_round_gives_back_what_it_found_and_not_what_it_was_given() -> None:
+    options = ["--runs=300", "--no-jail", "--timeout=1", "--no-compare"]
+    first = fuzzcluster.play("i8042", options, [])
+    assert first.runs >= 300
+    assert first.corpus and not first.found
+    again = fuzzcluster.play("i8042", [*options, "--seed=2"], first.corpus)
+    assert not {*first.corpus} & {*again.corpus}
+    with pytest.raises(RuntimeError, match="device 'nothing' is unknown"):
+        fuzzcluster.play("nothing", options, [])
 
 
 def test_a_dictionary_gives_texts_and_numbers(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from devproc.vhost import connection
 from devproc.vhost.message import (
     F_PROTOCOL_FEATURES,
     HEADER_SIZE,
@@ -26,7 +27,6 @@ from devproc.vhost.message import (
 )
 from devproc.virtio import spec
 from kvmcore.errors import ConfigError
-from supervisor import vhosts
 from supervisor.config import VhostUserConfig, build
 from supervisor.host import Host, Opened
 from supervisor.janitor import Janitor
@@ -178,7 +178,7 @@ def test_a_card_has_an_address(program: BackEnd, opened: Callable[..., Opened], 
         (R.GET_CONFIG, ConfigSpace(1, bytes(60)), "answers GET_CONFIG by "),
         (R.GET_CONFIG, pack_reply(R.GET_FEATURES, 0), "request 1 where an answer to GET_CONFIG is due"),
         (R.GET_FEATURES, b"\0" * 12, "request 0 with flags 0x0, expected version 1"),
-        (R.GET_FEATURES, b"", "it has closed the connection"),
+        (R.GET_FEATURES, b"", ""),
     ],
 )
 def test_a_back_end_that_cannot_be_used_is_one_line(
@@ -187,16 +187,17 @@ def test_a_back_end_that_cannot_be_used_is_one_line(
     program.answers[request_] = answer
     with pytest.raises(ConfigError) as e:
         opened("block")
-    assert str(e.value).startswith(f"--vhost-user block,socket={path}: the back end: {why}")
+    said = f"the back end: {why}" if why else "the back end has closed the connection"
+    assert str(e.value).startswith(f"--vhost-user block,socket={path}: {said}")
     assert "\n" not in str(e.value)
 
 
 def test_a_silent_back_end_is_waited_for_only_so_long(
     program: BackEnd, opened: Callable[..., Opened], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vhosts, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(connection, "PATIENCE_S", 0.1)
     program.answers[R.GET_FEATURES] = None
-    with pytest.raises(ConfigError, match=r"block,socket=.*: the back end has not answered in 0\.1 s$"):
+    with pytest.raises(ConfigError, match=r"block,socket=.*: the back end: a message is cut off for 0\.1 s$"):
         opened("block")
 
 
