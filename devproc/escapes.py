@@ -15,7 +15,7 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
@@ -550,6 +550,7 @@ class Attacker:
     """
 
     TABLES: ClassVar[tuple[object, ...]] = ()
+    shadows: ClassVar[Mapping[int, Callable[[], int | None]]] = {}
     deadline_ns = None
 
     def __init__(self, *, supervisor: int, memory_at: int, memory_fd: int, **ports: object) -> None:

@@ -156,7 +156,8 @@ class _Launch:
             irqfd = chip.connect if chip is not None else vm.irqfd
             for proxy in proxies:
                 self._connect(proxy, buses, pci, irqfd, spawner.eventfds.get(proxy.name, {}))
-                self._coalesce(proxy, core, vm, vcpus[0])
+                if config.transport == "mailbox":
+                    self._coalesce(proxy, core, vm, vcpus[0])
             buses.publish()
         with step("load the kernel"):
             kernel = bzimage.load(config.kernel, memory)
