@@ -176,6 +176,30 @@ def test_a_changed_configuration_has_another_generation_and_interrupts(echo: Mac
     )
 
 
+def test_no_number_of_changes_between_two_reads_looks_like_none(echo: Machine) -> None:
+    """Threat 2: the generation has 8 bits."""
+    echo.start()
+    for _ in range(3):
+        before = echo.driver.get(spec.CONFIG_GENERATION, 1)
+        echo.driver.config(0, 4)
+        for _ in range(256):
+            echo.model.config_changed()
+        echo.driver.config(4, 4)
+        assert echo.driver.get(spec.CONFIG_GENERATION, 1) != before
+
+
+def test_a_changed_configuration_is_in_isr_status_and_raises_inta_only_without_msix(echo: Machine) -> None:
+    """4.1.4.5.1."""
+    echo.start()
+    echo.model.config_changed()
+    assert not echo.model.read(Space.CONFIG, 6, 2) & 0x08
+    echo.bench.kick("resample")
+    assert echo.bench.edges == {"irq0": 1}
+    assert echo.say(b"x") == b"x"
+    assert echo.driver.isr() == spec.ISR_CONFIG
+    assert echo.driver.isr() == 0
+
+
 def test_nobody_is_told_of_a_changed_configuration_before_driver_ok(echo: Machine) -> None:
     echo.driver.negotiate(V1)
     echo.model.config_changed()
@@ -280,6 +304,16 @@ def test_sizes_that_are_not_allowed_are_refused(echo: Machine, size: int) -> Non
     echo.driver.put(spec.QUEUE_SIZE, 2, size)
     assert echo.driver.get(spec.QUEUE_SIZE, 2) == 16
     assert echo.refused == 1
+
+
+def test_a_size_is_a_power_of_2_until_packed_rings_are_negotiated(echo: Machine) -> None:
+    """4.1.4.3.1."""
+    echo.driver.put(spec.DRIVER_FEATURE_SELECT, 4, 1)
+    echo.driver.put(spec.DRIVER_FEATURE, 4, (V1 | spec.F_RING_PACKED) >> 32)
+    for status, size in ((spec.DRIVER, 16), (spec.DRIVER | spec.FEATURES_OK, 7)):
+        echo.driver.add_status(status)
+        echo.driver.put(spec.QUEUE_SIZE, 2, 7)
+        assert echo.driver.get(spec.QUEUE_SIZE, 2) == size
 
 
 def test_a_packed_queue_may_have_any_size(echo: Machine) -> None:
