@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from devproc import state
 from devproc.catalog import Virtio, virtio_entry
-from devproc.driver import NotReady, PackedDriver, PciDriver
+from devproc.driver import NotReady, PackedDriver, PciDriver, SplitDriver
 from devproc.regs import Register
 from devproc.virtio import spec
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
@@ -370,8 +370,10 @@ def test_without_a_vector_nobody_is_interrupted(echo: Machine) -> None:
     echo.driver.put(spec.QUEUE_SELECT, 2, 0)
     echo.driver.put(spec.QUEUE_MSIX_VECTOR, 2, spec.MSI_NO_VECTOR)
     assert echo.say(b"quietly") == b"quietly"
-    assert not echo.bench.edges
     assert echo.driver.isr() == 0
+    echo.driver.put(spec.CONFIG_MSIX_VECTOR, 2, spec.MSI_NO_VECTOR)
+    echo.model.config_changed()
+    assert not echo.bench.edges
 
 
 def test_the_wrong_width_reads_the_bytes_there_are_and_writes_nothing(echo: Machine) -> None:
@@ -433,6 +435,32 @@ def test_after_a_failure_in_the_middle_nothing_more_is_used(echo: Machine) -> No
     echo.driver.notify(0)
     assert [u.data for u in echo.driver.queues[0].used()] == [b"one"]
     echo.model.save()
+
+
+@pytest.mark.parametrize("features", [V1, V1 | spec.F_EVENT_IDX, V1 | EVERY_RING])
+def test_a_kick_without_a_chain_is_nothing(echo: Machine, features: int) -> None:
+    """2.7.10.2."""
+    echo.start(features)
+    for _ in range(3):
+        echo.bench.kick("kick", 0)
+    assert not echo.bench.edges
+    assert echo.say(b"as ever") == b"as ever"
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_what_is_the_driver_s_to_write_stays_as_it_is(echo: Machine, indirect: bool) -> None:
+    """2.7.5.1, 2.8.15: readable buffers, and of a split queue the descriptor table; nor is room read."""
+    echo.start(V1 | spec.F_INDIRECT_DESC)
+    queue, memory = echo.driver.queues[0], echo.bench.memory
+    assert isinstance(queue, SplitDriver)
+    readable, room = queue.place(b"from the driver"), queue.place(b"left from before")
+    queue.add([readable], [room], indirect=indirect)
+    table = memory.read(queue.desc, 16 * queue.size)
+    echo.bench.kick("kick", 0)
+    (used,) = queue.used()
+    assert used.data == b"from the driver"
+    assert memory.read(readable.gpa, readable.size) == b"from the driver"
+    assert memory.read(queue.desc, 16 * queue.size) == table
 
 
 def test_a_flood_is_served_in_batches_with_room_between(bench: Any) -> None:
