@@ -206,8 +206,9 @@ def _arguments() -> argparse.ArgumentParser:
                 help=f"as vmsup run --{name}",
             )
         backend.add_argument(
-            "--no-jail", dest="jail", action="store_const", const="none", default="full", help="as vmsup run"
+            "--no-jail", dest="jail", action="store_const", const="none", help="as vmsup run"
         )
+        backend.add_argument("--device-timeout", type=float, metavar="S", help="as vmsup run")
 
     policy = verbs.add_parser("policy", help="what system calls a device may make").add_subparsers(
         dest="what", required=True, metavar="WHAT"

@@ -467,7 +467,7 @@ _Listed = (
     | type[VsockConfig]
     | type[VhostUserConfig]
 )
-TABLES: Mapping[str, tuple[tuple[Key, ...], _Listed]] = {
+_TABLES: Mapping[str, tuple[tuple[Key, ...], _Listed]] = {
     "serial": (SERIAL_KEYS, SerialConfig),
     "block": (BLOCK_KEYS, BlockConfig),
     "net": (NET_KEYS, NetConfig),
@@ -475,7 +475,7 @@ TABLES: Mapping[str, tuple[tuple[Key, ...], _Listed]] = {
     "vsock": (VSOCK_KEYS, VsockConfig),
     "vhost-user": (VHOST_USER_KEYS, VhostUserConfig),
 }
-_LISTS = ("params", *TABLES)
+_LISTS = ("params", *_TABLES)
 _FLOATS = ("device-timeout",)
 
 
@@ -508,7 +508,7 @@ def read_file(path: str) -> dict[str, Any]:
         if not isinstance(lists["params"], list) or not all(isinstance(p, str) for p in lists["params"]):
             raise ConfigError(f"{where}: params: expected a list of strings")
         result["params"] = tuple(lists["params"])
-    for name, (keys, kind) in TABLES.items():
+    for name, (keys, kind) in _TABLES.items():
         tables = lists.get(name, [])
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
             raise ConfigError(f"{where}: {name}: expected a list of tables")
@@ -527,7 +527,7 @@ def build(options: Mapping[str, Any]) -> RunConfig:
     """
     given = {k: v for k, v in options.items() if v is not None and k != "config"}
     settings = read_file(options["config"]) if options.get("config") else {}
-    for name, (keys, kind) in TABLES.items():
+    for name, (keys, kind) in _TABLES.items():
         at = f"--{name}"
         field_name = name.replace("-", "_")
         texts = given.get(field_name, ())

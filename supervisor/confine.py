@@ -1,4 +1,4 @@
-"""The supervisor's own seccomp filters: main thread, each vCPU's, janitor, exchange (ARCHITECTURE.md).
+"""The supervisor's own seccomp filters: main thread, each vCPU's, its companions' (ARCHITECTURE.md).
 
 Spec: seccomp(2).  Each thread loads its own; a call that its policy does not allow kills the process.
 Threads are made before and never after, so no policy allows that.  Left out: the threads of
@@ -18,7 +18,7 @@ from kvmcore.errors import VmsupError
 from policies.compile import compile_single
 from policies.parse import load
 
-POLICIES: Final = ("supervisor", "vcpu", "janitor", "exchange")
+POLICIES: Final = ("supervisor", "vcpu", "janitor", "exchange", "frontend")
 FDS: Final = {"FD_VM": 1000, "FD_VCPU": 1001}
 """Descriptors that are numbered as they come, and the numbers by which `vmsup policy` speaks of them."""
 

@@ -2,7 +2,8 @@
 
 Spec: QEMU's docs/interop/vhost-user.rst.  The front end is as hostile as its guest: every message is parsed
 whole, every address translated, every descriptor looked at before the device's process (supervisor/worker.py)
-is given it.  This process maps none of the front end's memory and reads none of its eventfds.
+is given it.  All of that happens in a process of its own, sealed by policies/frontend.policy, which maps none
+of the front end's memory, reads none of its eventfds, and holds nothing else.
 
 A ring is served once it is set up, enabled and kicked.  Whatever changes what the process holds ends it, and
 another goes on; the front end's own quiet is what is waited for before that.  Left out: dirty logging,
@@ -16,15 +17,14 @@ import os
 import select
 import socket
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, cast
 
+from devproc import jail
 from devproc.vhost import message
-from devproc.vhost.connection import Connection, Received
+from devproc.vhost.connection import Closed, Connection, Received
 from devproc.vhost.message import (
-    BackendRequest,
     ConfigSpace,
     Memory,
     MessageError,
@@ -35,11 +35,12 @@ from devproc.vhost.message import (
     VringState,
 )
 from devproc.virtio import spec
-from supervisor.worker import Vring, Worker
+from supervisor import companion
+from supervisor.errand import Asker
+from supervisor.worker import NotAccepted, Vring
 
 _PROTOCOL: Final = message.PROTOCOL_F_MQ | message.PROTOCOL_F_REPLY_ACK
-_CONFIG: Final = message.PROTOCOL_F_CONFIG | message.PROTOCOL_F_BACKEND_REQ
-_SETTLE_S: Final = 0.005
+_SETTLE_MS: Final = 5
 """How long a front end is quiet before a process is made for what it has set up so far."""
 _PAGE: Final = 4096
 _GPA_END: Final = 1 << 52
@@ -75,19 +76,18 @@ class FrontEnd:
     """
 
     def __init__(
-        self, sock: socket.socket, worker: Worker, offered: int, rings: int, queues: int, has_config: bool
+        self, sock: socket.socket, worker: Asker, offered: int, rings: int, queues: int, has_config: bool
     ) -> None:
         self._connection = Connection(sock)
         self._worker = worker
         self._offered = offered | message.F_PROTOCOL_FEATURES
-        self._protocol_offered = _PROTOCOL | (_CONFIG if has_config else 0)
+        self._protocol_offered = _PROTOCOL | (message.PROTOCOL_F_CONFIG if has_config else 0)
         self._queues = queues
         self._features = 0
         self._protocol = 0
         self._memory: Memory = ()
         self._files: list[int] = []
         self._rings = [_Ring() for _ in range(rings)]
-        self._back_channel: Connection | None = None
         self._answers: Mapping[Request, Callable[[], int]] = {
             Request.GET_FEATURES: lambda: self._offered,
             Request.GET_PROTOCOL_FEATURES: lambda: self._protocol_offered,
@@ -96,11 +96,11 @@ class FrontEnd:
 
     # -- the run loop's side
 
-    def wants(self) -> dict[int, int]:
-        """Descriptor -> poll events: messages, kicks of rings that nobody serves yet, the device's word."""
-        fds = [self._connection.fileno(), self._worker.changed]
+    def wants(self) -> list[int]:
+        """What to wait for: messages, and kicks of rings that nobody serves yet."""
+        fds = [self._connection.fileno()]
         fds += [r.kick for i, r in enumerate(self._rings) if r.kick is not None and self._waits(i)]
-        return dict.fromkeys(fds, select.POLLIN)
+        return fds
 
     def ready(self, fd: int) -> None:
         """Take a message, or start serving what has been kicked.
@@ -109,13 +109,8 @@ class FrontEnd:
             Closed: it has left.
             MessageError: it does what the protocol does not allow.
             NotAccepted: the device does not take what it has set up.
-            DeviceDied: the device's process fails.
+            EOFError: who starts the device's process has ended.
         """
-        if fd == self._worker.changed:
-            with suppress(BlockingIOError):
-                os.read(fd, 8)
-            self._tell_changed()
-            return
         if fd == self._connection.fileno():
             self._take(self._connection.receive())
         else:
@@ -126,8 +121,6 @@ class FrontEnd:
     def close(self) -> None:
         """Forget it; the device's process must not be serving any more."""
         self._connection.close()
-        if self._back_channel is not None:
-            self._back_channel.close()
         for fd in self._files:
             os.close(fd)
         for ring in self._rings:
@@ -148,7 +141,7 @@ class FrontEnd:
         """Have all rings served that can be, if one that is not was kicked."""
         if not any(ring.kicked and self._waits(i) for i, ring in enumerate(self._rings)):
             return
-        if select.select([self._connection], [], [], _SETTLE_S)[0]:
+        if _readable([self._connection.fileno()], _SETTLE_MS):
             return
         self._halt()
         vrings = {i: self._translated(i, ring) for i, ring in enumerate(self._rings) if self._settled(i)}
@@ -181,10 +174,6 @@ class FrontEnd:
             if 0 <= user_address - r.user_address < r.size:
                 return r.guest_address + user_address - r.user_address
         raise MessageError(f"user address {user_address:#x} is in no memory region")
-
-    def _tell_changed(self) -> None:
-        if self._back_channel is not None:
-            self._back_channel.send(message.pack(BackendRequest.CONFIG_CHANGE_MSG))
 
     # -- messages
 
@@ -227,16 +216,12 @@ class FrontEnd:
                 return self._get_base(payload.vring)
             case ((Request.SET_VRING_KICK | Request.SET_VRING_CALL | Request.SET_VRING_ERR), VringFile()):
                 self._set_file(request, payload, fds)
-            case Request.SET_BACKEND_REQ_FD, _:
-                self._set_back_channel(fds)
             case Request.GET_CONFIG, ConfigSpace():
                 return ConfigSpace(
                     payload.offset, self._worker.read_config(payload.offset, len(payload.data))
                 )
             case Request.SET_CONFIG, ConfigSpace():
                 self._worker.write_config(payload.offset, payload.data)
-            case _:
-                raise MessageError(f"{request.name}: not offered")
         return 0
 
     def _ring(self, index: int) -> _Ring:
@@ -307,13 +292,6 @@ class FrontEnd:
         if fd is not None:
             os.close(fd)
 
-    def _set_back_channel(self, fds: list[int]) -> None:
-        if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
-            raise MessageError("SET_BACKEND_REQ_FD: not a socket")
-        if self._back_channel is not None:
-            self._back_channel.close()
-        self._back_channel = Connection(socket.socket(fileno=fds.pop()))
-
 
 def _check_region(r: message.MemoryRegion, fd: int) -> None:
     what = f"memory region {r.guest_address:#x}"
@@ -336,3 +314,40 @@ def _check_apart(kind: str, ranges: list[tuple[int, int]]) -> None:
         if start < end:
             raise MessageError(f"memory regions overlap at {kind} address {start:#x}")
         end = start + size
+
+
+def serve(
+    control: socket.socket,
+    listener: socket.socket,
+    make: Callable[[socket.socket, Asker], FrontEnd],
+    mode: jail.Mode,
+) -> None:
+    """The sealed process: one front end after the other, until the other end of `control` closes."""
+    if control.recv(1) != companion.SEAL:
+        return
+    companion.seal("frontend", control, mode, 0)
+    asker = Asker(control)
+    front_end: FrontEnd | None = None
+    while True:
+        others = [listener.fileno()] if front_end is None else front_end.wants()
+        ready = _readable([control.fileno(), *others])
+        if control.fileno() in ready:
+            return
+        if front_end is None:
+            front_end = make(listener.accept()[0], asker)
+            continue
+        try:
+            for fd in ready:
+                if fd in front_end.wants():  # not so if what was ready before it has changed that
+                    front_end.ready(fd)
+        except (Closed, MessageError, NotAccepted) as e:
+            asker.left("" if isinstance(e, Closed) else f"the front end is disconnected: {e}")
+            front_end.close()
+            front_end = None
+
+
+def _readable(fds: Iterable[int], timeout_ms: int | None = None) -> list[int]:
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(timeout_ms)]

@@ -146,7 +146,8 @@ class VirtioShadow:
 
     @property
     def _packed(self) -> bool:
-        return bool(self._features & spec.F_RING_PACKED)
+        """Whether packed rings are negotiated."""
+        return bool(self._status & spec.FEATURES_OK and self._features & spec.F_RING_PACKED)
 
     def _is_size(self, size: int) -> bool:
         """2.7: split rings have a power of 2; 2.8.10.1: packed ones any size."""

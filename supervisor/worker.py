@@ -67,8 +67,7 @@ class Worker:
 
     Attributes:
         proxies: the process, if there is one.
-        changed: an eventfd, readable after the device's configuration has changed.
-        vrings: what the process serves, by queue; nothing while it only knows its configuration.
+        queues: how many the device has.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Worker:
         say: Callable[[str, str], None],
     ) -> None:
         self.proxies: list[Proxy] = []
-        self.vrings: Mapping[int, Vring] = {}
+        self._vrings: Mapping[int, Vring] = {}
         self._zygote = zygote
         self._function = function
         self._opened = opened
@@ -90,11 +89,14 @@ class Worker:
         self._timeout_s = timeout_s
         self._say = say
         self._entry = CATALOG[function.kind]
-        # Of a ring that is not served nobody hears, and nobody kicks it.
-        eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(3)]
+        assert self._entry.virtio is not None
+        self.queues: Final = len(self._entry.virtio.queue_sizes)
+        # Of a ring that is not served nobody hears, and nobody kicks it; nor of a configuration that has
+        # changed, which nobody can have it do.
+        eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
         for fd in eventfds:
             undo.callback(os.close, fd)
-        self.changed, self._unheard, self._unkicked = eventfds
+        self._unheard, self._unkicked = eventfds
         # A process that only knows its configuration has a guest without memory worth the name.
         self._nothing = GuestMemory.create([(0, _PAGE)])
         undo.callback(self._nothing.close)
@@ -137,7 +139,6 @@ class Worker:
             proxy = self._start(theirs.fileno(), 0, vrings)
         self._negotiate(proxy, features)
         proxy.write(Space.CONFIG, _MSIX_CONTROL, 2, _MSIX_ENABLE)
-        proxy.write(Space.BAR0, spec.CONFIG_MSIX_VECTOR, 2, 0)
         for index, vring in vrings.items():
             self._set_up(proxy, index, vring)
         if self._add_status(proxy, spec.DRIVER_OK) & spec.DEVICE_NEEDS_RESET:
@@ -150,7 +151,7 @@ class Worker:
         except ValueError as e:
             raise NotAccepted(str(e)) from None
         proxy.ask(wire.Restore(state))
-        self.vrings = vrings
+        self._vrings = vrings
         proxy.write(Space.CONFIG, _COMMAND, 2, _MASTER)
 
     def halt(self) -> dict[int, int]:
@@ -159,7 +160,7 @@ class Worker:
         Raises:
             DeviceDied: it fails.
         """
-        vrings, self.vrings = self.vrings, {}
+        vrings, self._vrings = self._vrings, {}
         if not vrings:
             return {}
         proxy = self.proxies[0]
@@ -181,7 +182,7 @@ class Worker:
         Raises:
             DeviceDied: it had died already, or does so now.
         """
-        self.vrings = {}
+        self._vrings = {}
         if not self.proxies:
             return
         proxy = self.proxies[0]
@@ -207,13 +208,12 @@ class Worker:
         return self.proxies[0] if self.proxies else self._start(self._nothing.fd, _PAGE, {})
 
     def _start(self, memory: int, size: int, vrings: Mapping[int, Vring]) -> Proxy:
-        assert self._entry.virtio is not None
-        wanted = [vrings.get(i) for i in range(len(self._entry.virtio.queue_sizes))]
+        wanted = [vrings.get(i) for i in range(self.queues)]
         calls = [self._unheard if v is None or v.call is None else v.call for v in wanted]
         fds = {
             **self._opened.fds,
             "memory": (memory,),
-            "irq": (self.changed, *calls),
+            "irq": (self._unheard, *calls),
             "intx": (self._unheard,),
             "resample": (self._unkicked,),
             "kick": tuple(self._unkicked if v is None else v.kick for v in wanted),

@@ -128,7 +128,7 @@ class VirtioBlk(VirtioDevice):
         2. Data that are not whole sectors, in the wrong direction, or more than SEG_MAX segments of SIZE_MAX
            → IOERR.
         3. A chain without room for header or status → needs reset.
-        4. Header, status or data in pieces of any size (2.6.4) → the same as in one.
+        4. Header, status or data in pieces of any size (2.7.4) → the same as in one.
         5. The header or a range changes while we look → it is copied once.
         6. A write to a read-only disk → IOERR, the image was opened for reading.
         7. Ranges of a discard or WRITE_ZEROES with unknown flags, too long, too many → UNSUPP or IOERR.

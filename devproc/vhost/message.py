@@ -4,7 +4,7 @@ Spec: QEMU's docs/interop/vhost-user.rst, "Message Specification" and "Front-end
 in the machine's own byte order, which here is little-endian.  `parse` checks a message's kind, flags, size
 and number of descriptors, and every field that has a limit.  The invariant: *any bytes give a payload or
 MessageError*.  Left out: what nobody here speaks, which is dirty logging, postcopy, the IOTLB, in-flight
-tracking, slots of memory one by one, and everything of single kinds of device.
+tracking, slots of memory one by one, what a back end asks, and everything of single kinds of device.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ F_PROTOCOL_FEATURES: Final = 1 << 30
 
 PROTOCOL_F_MQ: Final = 1 << 0
 PROTOCOL_F_REPLY_ACK: Final = 1 << 3
-PROTOCOL_F_BACKEND_REQ: Final = 1 << 5
 PROTOCOL_F_CONFIG: Final = 1 << 9
-PROTOCOL_F_RESET_DEVICE: Final = 1 << 13
-PROTOCOL_F_STATUS: Final = 1 << 16
 
 HEADER_SIZE: Final = 12
 REGIONS_MAX: Final = 8
@@ -70,18 +67,8 @@ class Request(enum.IntEnum):
     SET_PROTOCOL_FEATURES = 16
     GET_QUEUE_NUM = 17
     SET_VRING_ENABLE = 18
-    SET_BACKEND_REQ_FD = 21
     GET_CONFIG = 24
     SET_CONFIG = 25
-    RESET_DEVICE = 34
-    SET_STATUS = 39
-    GET_STATUS = 40
-
-
-class BackendRequest(enum.IntEnum):
-    """What a back end asks of a front end, on the socket that SET_BACKEND_REQ_FD gave it."""
-
-    CONFIG_CHANGE_MSG = 2
 
 
 class Header(NamedTuple):
@@ -210,7 +197,6 @@ _VRING_FILE = _Codec(
 )
 _MEMORY = _Codec(_pack_table, _parse_table, len)
 _CONFIG_SPACE = _Codec(lambda c: _CONFIG.pack(c.offset, len(c.data), c.flags) + c.data, _parse_config)
-_SOCKET = _Codec(lambda _: b"", _parse_none, lambda _: 1)
 
 _ASKS: Final[dict[int, _Codec]] = {
     Request.GET_FEATURES: _NONE,
@@ -229,12 +215,8 @@ _ASKS: Final[dict[int, _Codec]] = {
     Request.SET_PROTOCOL_FEATURES: _NUMBER,
     Request.GET_QUEUE_NUM: _NONE,
     Request.SET_VRING_ENABLE: _VRING_STATE,
-    Request.SET_BACKEND_REQ_FD: _SOCKET,
     Request.GET_CONFIG: _CONFIG_SPACE,
     Request.SET_CONFIG: _CONFIG_SPACE,
-    Request.RESET_DEVICE: _NONE,
-    Request.SET_STATUS: _NUMBER,
-    Request.GET_STATUS: _NONE,
 }
 _ANSWERS: Final[dict[int, _Codec]] = {
     Request.GET_FEATURES: _NUMBER,
@@ -242,9 +224,7 @@ _ANSWERS: Final[dict[int, _Codec]] = {
     Request.GET_QUEUE_NUM: _NUMBER,
     Request.GET_VRING_BASE: _VRING_STATE,
     Request.GET_CONFIG: _CONFIG_SPACE,
-    Request.GET_STATUS: _NUMBER,
 }
-_BACKEND_ASKS: Final[dict[int, _Codec]] = {BackendRequest.CONFIG_CHANGE_MSG: _NONE}
 
 
 def answered(request: Request) -> bool:
@@ -252,13 +232,13 @@ def answered(request: Request) -> bool:
     return request in _ANSWERS
 
 
-def pack(request: Request | BackendRequest, payload: Payload = None, *, need_reply: bool = False) -> bytes:
+def pack(request: Request, payload: Payload = None, *, need_reply: bool = False) -> bytes:
     """A request; its descriptors, of which the payload says how many, are the caller's to send along."""
-    body = _asks(request).pack(payload)
+    body = _ASKS[request].pack(payload)
     return _HEADER.pack(request, _VERSION | (_NEED_REPLY if need_reply else 0), len(body)) + body
 
 
-def pack_reply(request: Request | BackendRequest, payload: Payload) -> bytes:
+def pack_reply(request: Request, payload: Payload) -> bytes:
     """What answers `request`: its answer, or a u64 that acknowledges it, 0 for success.
 
     GET_CONFIG is refused by None.
@@ -292,19 +272,16 @@ def parse(header: Header, body: bytes, fds: int) -> tuple[Request, Payload]:
         request = Request(header.request)
     except ValueError:
         raise MessageError(f"unknown request {header.request}") from None
-    return request, _parse_request(request, header, body, fds)
+    if header.reply:
+        raise MessageError(f"{request.name}: an answer to what was not asked")
+    codec = _ASKS[request]
+    payload = _named(request, codec, body)
+    if fds != (expected := codec.fds(payload)):
+        raise MessageError(f"{request.name}: {fds} descriptors, expected {expected}")
+    return request, payload
 
 
-def parse_backend(header: Header, body: bytes, fds: int) -> tuple[BackendRequest, Payload]:
-    """What a back end asks; otherwise as `parse`."""
-    try:
-        request = BackendRequest(header.request)
-    except ValueError:
-        raise MessageError(f"unknown request {header.request} from a back end") from None
-    return request, _parse_request(request, header, body, fds)
-
-
-def parse_reply(request: Request | BackendRequest, header: Header, body: bytes) -> Payload:
+def parse_reply(request: Request, header: Header, body: bytes) -> Payload:
     """What answers `request`; descriptors may not come with it.
 
     Raises:
@@ -315,25 +292,11 @@ def parse_reply(request: Request | BackendRequest, header: Header, body: bytes) 
     return _named(request, _answer(request), body)
 
 
-def _asks(request: Request | BackendRequest) -> _Codec:
-    return (_ASKS if isinstance(request, Request) else _BACKEND_ASKS)[request]
+def _answer(request: Request) -> _Codec:
+    return _ANSWERS.get(request, _NUMBER)
 
 
-def _answer(request: Request | BackendRequest) -> _Codec:
-    return _ANSWERS.get(request, _NUMBER) if isinstance(request, Request) else _NUMBER
-
-
-def _parse_request(request: Request | BackendRequest, header: Header, body: bytes, fds: int) -> Payload:
-    if header.reply:
-        raise MessageError(f"{request.name}: an answer to what was not asked")
-    codec = _asks(request)
-    payload = _named(request, codec, body)
-    if fds != (expected := codec.fds(payload)):
-        raise MessageError(f"{request.name}: {fds} descriptors, expected {expected}")
-    return payload
-
-
-def _named(request: Request | BackendRequest, codec: _Codec, body: bytes) -> Payload:
+def _named(request: Request, codec: _Codec, body: bytes) -> Payload:
     try:
         return codec.parse(body)
     except MessageError as e:

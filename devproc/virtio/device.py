@@ -287,6 +287,7 @@ class VirtioDevice(Model):
         self._status = 0
         self._vector = spec.MSI_NO_VECTOR
         self._generation = 0
+        self._config_read = True  # since the generation changed last
         self._isr = 0
         self._setups = self._fresh()
         self._due: dict[int, int] = {}  # queue: when to go on with it without a kick
@@ -353,7 +354,9 @@ class VirtioDevice(Model):
 
     def config_changed(self) -> None:
         """The device configuration is another one: tell the driver."""
-        self._generation = (self._generation + 1) & 0xFF
+        if self._config_read:  # so that 256 changes between two reads do not look like none (4.1.4.3.1)
+            self._generation = (self._generation + 1) & 0xFF
+            self._config_read = False
         if self._status & spec.DRIVER_OK:
             self._interrupt(self._vector, spec.ISR_CONFIG)
 
@@ -385,10 +388,15 @@ class VirtioDevice(Model):
             if self._due.pop(index, None) is not None and self.active:
                 self.on_queue(index)
 
+    def read(self, space: int, offset: int, size: int) -> int:
+        if space == Space.BAR0 and spec.BAR_DEVICE <= offset < spec.BAR_NOTIFY:
+            self._config_read = True
+        return super().read(space, offset, size)
+
     # -- PCI configuration space
 
     def read_PCISTS(self) -> int:
-        return _PCISTS_CAPABILITIES | (_PCISTS_INTX if self._isr else 0)
+        return _PCISTS_CAPABILITIES | (_PCISTS_INTX if self._isr and not self._msix else 0)
 
     def write_PCICMD(self, _data: int) -> None:
         self._resample()
@@ -521,9 +529,9 @@ class VirtioDevice(Model):
         return [_Setup(size) for size in self.VIRTIO.queue_sizes]
 
     def _allows_size(self, index: int, size: int) -> bool:
-        power_of_2 = not size & (size - 1)  # which a split queue needs
-        fits = 0 < size <= self.VIRTIO.queue_sizes[index]
-        return fits and (power_of_2 or bool(self.features & spec.F_RING_PACKED))
+        power_of_2 = not size & (size - 1)
+        packed = self._status & spec.FEATURES_OK and self.features & spec.F_RING_PACKED
+        return 0 < size <= self.VIRTIO.queue_sizes[index] and bool(power_of_2 or packed)
 
     def _refuse(self) -> None:
         self._counts["refused_writes"] += 1
@@ -567,9 +575,14 @@ class VirtioDevice(Model):
         self._drop_queues()
         self.on_reset()
 
+    @property
+    def _msix(self) -> bool:
+        return bool(self.stored["MSIX_CONTROL"] & MSIX_ENABLE)
+
     def _interrupt(self, vector: int, cause: int) -> None:
-        if not self.stored["MSIX_CONTROL"] & MSIX_ENABLE:
+        if cause == spec.ISR_CONFIG or not self._msix:  # 4.1.4.5.1
             self._isr |= cause
+        if not self._msix:
             self._resample()
         elif vector != spec.MSI_NO_VECTOR:
             self._irq[vector]()
@@ -579,7 +592,7 @@ class VirtioDevice(Model):
 
     def _resample(self) -> None:
         """Raise INTA if there is a cause for it."""
-        if self._isr and not self.stored["PCICMD"] & _PCICMD_INTX_OFF:
+        if self._isr and not self._msix and not self.stored["PCICMD"] & _PCICMD_INTX_OFF:
             self._intx()
 
     # -- state
@@ -641,6 +654,7 @@ class VirtioDevice(Model):
         self._status = s.status
         self._vector = s.vector
         self._generation = s.generation
+        self._config_read = True
         self._isr = s.isr
         self._due.clear()
         if self.active:

@@ -19,6 +19,7 @@ from devproc.wire import Space
 from integration.boot import vm
 from integration.machine.conftest import PATIENCE_S, Machine
 from integration.machine.remote import Remote, RemoteFunction, RemoteMemory
+from integration.vhost.client import back_end
 from integration.vhost.programs import (
     NEEDS_STORAGE_DAEMON,
     NEEDS_VIRTIOFSD,
@@ -81,6 +82,7 @@ class Function:
     def ask(self, index: int, *parts: bytes | int) -> bytes:
         """What the back end writes into a request's room."""
         queue = self.driver.queues[index]
+        queue.interrupts(1)
         queue.request(*parts)
         self.driver.notify(index)
         used: list[bytes] = []
@@ -152,6 +154,26 @@ def test_rings_go_on_where_they_were_when_bus_mastering_is_back(
     assert within_patience(lambda: bool(used.extend(u.data for u in driver.queues[0].used()) or used))
     assert used[0] == image.read_bytes()[512:1024] + bytes([S_OK])
     assert disk.guest.power_off() == 0
+
+
+@pytest.mark.parametrize("rings", ["split", "packed"])
+def test_a_disk_of_our_own(machine: Start, path: Path, image: Path, rings: str) -> None:
+    features = spec.F_EVENT_IDX | (spec.F_RING_PACKED if rings == "packed" else 0)
+    with back_end(path, "block", "--block", f"{image},queues=2"):
+        disk = start(machine, "--vhost-user", f"block,socket={path}")
+        driver = disk.driver
+        assert driver.config(0x22, 2) == 2, "queues"
+        disk.start(features=features)
+        assert disk.ask(1, HEADER.pack(Type.OUT, 0, 9), b"written!" * 64, 1) == bytes([S_OK])
+        assert image.read_bytes()[9 * 512 :][:512] == b"written!" * 64
+        # The rings stop, and go on where they were: in another process of the back end's.
+        driver.function.write(Space.CONFIG, 4, 2, 2)
+        driver.function.write(Space.CONFIG, 4, 2, 6)
+        assert disk.interrupted(1, 2)
+        disk.start(features=features)
+        assert disk.ask(0, HEADER.pack(Type.IN, 0, 9), 512, 1) == b"written!" * 64 + bytes([S_OK])
+        assert disk.guest.power_off() == 0
+    assert disk.vmsup.errors() == ""
 
 
 @NEEDS_VIRTIOFSD

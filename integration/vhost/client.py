@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -153,7 +154,18 @@ class BackEnd:
     def __init__(self, path: Path, *words: str, before: Sequence[str] = ()) -> None:
         self.path = path
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-P", "-m", "supervisor.cli", "device", *words, "--socket", str(path)],
+            [
+                *before,
+                sys.executable,
+                "-P",
+                "-m",
+                "supervisor.cli",
+                "device",
+                *words,
+                "--socket",
+                str(path),
+                "--device-timeout=30",
+            ],
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
@@ -173,9 +185,13 @@ class BackEnd:
 
     def device(self) -> int:
         """The pid of the device's process."""
+        return self.process_named("rng|block1|net1")
+
+    def process_named(self, pattern: str) -> int:
+        """The pid of the one whose title matches."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        titles = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-        (found,) = (p for p, t in titles.items() if b"janitor" not in t and b"zygote" not in t)
+        titles = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        (found,) = (pid for pid, title in titles.items() if re.search(pattern, title))
         return found
 
     def stop(self) -> tuple[int, str]:

@@ -137,20 +137,21 @@ def test_the_configuration_is_the_disk_s(client: Client) -> None:
     assert client.ask(Request.GET_CONFIG, ConfigSpace(0, bytes(60))) == config
 
 
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
 def test_its_device_is_sealed(disk: BackEnd, client: Client) -> None:
     guest = Guest()
     client.negotiate(V1)
     client.set_memory(guest)
     client.set_up(guest, 0, V1)
     client.converse(0, (header(Type.GET_ID), 20, 1))
-    status = dict(
-        line.split(":\t", 1)
-        for line in Path(f"/proc/{disk.device()}/status").read_text().splitlines()
-        if ":\t" in line
-    )
-    assert (status["Seccomp"], status["Seccomp_filters"], status["NoNewPrivs"]) == ("2", "2", "1")
-    assert (status["CapBnd"], status["CapEff"]) == ("0" * 16, "0" * 16)
-    assert status["NSpid"].split()[-1] == "1"
+    found = status(disk.device())
+    assert (found["Seccomp"], found["Seccomp_filters"], found["NoNewPrivs"]) == ("2", "2", "1")
+    assert (found["CapBnd"], found["CapEff"]) == ("0" * 16, "0" * 16)
+    assert found["NSpid"].split()[-1] == "1"
 
 
 def _regions(
@@ -192,7 +193,6 @@ HALF = MEMORY_SIZE // 2
 HOSTILE: dict[str, tuple[Act, str]] = {
     "garbage": (lambda c, g: c.sock.sendall(b"GET / HTTP/1.1\r\n\r\n"), "flags"),
     "an unknown request": (lambda c, g: c.sock.sendall(struct.pack("<III", 99, 1, 0)), "unknown request 99"),
-    "what is not offered": (_says(Request.RESET_DEVICE), "RESET_DEVICE: not offered"),
     "features": (_says(Request.SET_FEATURES, 1 << 63), "features 0x8000000000000000 of"),
     "no VERSION_1": (_kicked(), "does not accept features 0x0"),
     "protocol features": (_says(Request.SET_PROTOCOL_FEATURES, 1 << 1), "protocol features 0x2 of"),
@@ -211,10 +211,6 @@ HOSTILE: dict[str, tuple[Act, str]] = {
     "a kick that is no eventfd": (
         _says(Request.SET_VRING_KICK, VringFile(0, True), lambda: [os.pipe()[0]]),
         "SET_VRING_KICK: not an eventfd",
-    ),
-    "a channel that is no socket": (
-        _says(Request.SET_BACKEND_REQ_FD, None, lambda: [os.pipe()[0]]),
-        "SET_BACKEND_REQ_FD: not a socket",
     ),
     "nine descriptors": (
         lambda c, g: c.connection.send(message.pack(Request.GET_FEATURES), [g.memory.fd] * 9),
@@ -241,6 +237,13 @@ def test_a_hostile_front_end_is_disconnected_and_the_next_is_served(
     following = Client(disk.path)
     assert following.ask(Request.GET_QUEUE_NUM) == 2
     following.close()
+
+
+def test_front_ends_are_heard_by_a_sealed_process(disk: BackEnd, client: Client) -> None:
+    client.ask(Request.GET_QUEUE_NUM)
+    found = status(disk.process_named("frontend"))
+    assert (found["Seccomp"], found["NoNewPrivs"]) == ("2", "1")
+    assert (found["CapBnd"], found["CapEff"]) == ("0" * 16, "0" * 16)
 
 
 def test_a_front_end_waits_for_the_one_before(disk: BackEnd, client: Client) -> None:
@@ -293,6 +296,14 @@ def test_a_killed_device_ends_the_back_end_by_name(rng: BackEnd) -> None:
     client = serve(rng, Guest())
     os.kill(rng.device(), signal.SIGKILL)
     assert rng.wait() == (33, "vmsup: rng: killed by SIGKILL\n")
+    assert not rng.path.exists()
+    assert client.is_dropped()
+
+
+def test_the_end_of_the_process_for_front_ends_is_the_back_end_s(rng: BackEnd) -> None:
+    client = serve(rng, Guest())
+    os.kill(rng.process_named("frontend"), signal.SIGKILL)
+    assert rng.wait() == (33, "vmsup: frontend: has ended\n")
     assert not rng.path.exists()
     assert client.is_dropped()
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvmcore.errors import EXIT_USAGE, ConfigError
-from supervisor.backend import BackendConfig, build
+from supervisor.backend import build, rings
+from supervisor.machine import virtio_functions
 
 
 def options(**more: object) -> dict[str, object]:
@@ -18,14 +19,16 @@ def options(**more: object) -> dict[str, object]:
 
 
 def test_each_kind_is_one_function_of_the_machine() -> None:
-    disk = build("block", options(block=["/d,queues=3,ro"]))
-    assert (disk.function().kind, disk.function().name, disk.rings) == ("virtio-blk", "block1", 3)
-    tap = build("net", options(net=["tap0"]))
-    assert (tap.function().kind, tap.rings) == ("virtio-net", 2)
-    assert build("net", options(net=["passt"])).function().kind == "virtio-net-stream"
-    rng = build("rng", options())
-    assert (rng.function().kind, rng.rings) == ("virtio-rng", 1)
-    assert isinstance(rng, BackendConfig)
+    for kind, given, expected, most in (
+        ("block", ["/d,queues=3,ro"], "virtio-blk", 3),
+        ("net", ["tap0"], "virtio-net", 2),
+        ("net", ["passt"], "virtio-net-stream", 2),
+        ("rng", [], "virtio-rng", 1),
+    ):
+        config = build(kind, options(**{kind: given} if given else {}))
+        (function,) = virtio_functions(config)
+        assert (function.kind, rings(config)) == (expected, most)
+    assert build("rng", options(jail=None, device_timeout=5.0)).device_timeout == 5.0
 
 
 def test_a_back_end_is_one_device() -> None:

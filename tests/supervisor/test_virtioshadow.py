@@ -110,15 +110,14 @@ def test_a_packed_ring_has_any_size_up_to_its_maximum(guest, size, allowed):
     assert guest.write(spec.QUEUE_SIZE, 2, size) is allowed
 
 
-def test_a_size_that_only_packed_rings_have_is_not_enabled_as_a_split_one():
-    """Threat 2: the features are settled only after the size was written."""
+def test_a_size_that_only_packed_rings_have_waits_until_they_are_negotiated():
+    """Threat 2."""
     guest = Guest()
     guest.write(spec.DRIVER_FEATURE_SELECT, 4, 1)
     guest.write(spec.DRIVER_FEATURE, 4, spec.F_RING_PACKED >> 32)
-    guest.set_up(0, 3)
-    guest.write(spec.DRIVER_FEATURE, 4, 0)
+    assert not guest.write(spec.QUEUE_SIZE, 2, 3)
     guest.write(spec.DEVICE_STATUS, 1, NEGOTIATED)
-    assert not guest.enable()
+    assert guest.write(spec.QUEUE_SIZE, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_what_is_written_is_in_the_image_and_read_back(bench: Any, features: int
 
 
 def test_the_framing_is_the_driver_s(guest: Guest) -> None:
-    """Threat 4 (2.6.4): the header in three pieces, data in pieces, the status with the last of them."""
+    """Threat 4 (2.7.4): the header in three pieces, data in pieces, the status with the last of them."""
     expected = guest.fill()
     header = pack("<IIQ", IN, 0, 7)
     guest.queue.request(header[:1], header[1:9], header[9:], 5, 512, 1024 - 5 + 1)

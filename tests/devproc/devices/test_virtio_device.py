@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from devproc import state
 from devproc.catalog import Virtio, virtio_entry
-from devproc.driver import NotReady, PackedDriver, PciDriver
+from devproc.driver import NotReady, PackedDriver, PciDriver, SplitDriver
 from devproc.regs import Register
 from devproc.virtio import spec
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
@@ -176,6 +176,30 @@ def test_a_changed_configuration_has_another_generation_and_interrupts(echo: Mac
     )
 
 
+def test_no_number_of_changes_between_two_reads_looks_like_none(echo: Machine) -> None:
+    """Threat 2: the generation has 8 bits."""
+    echo.start()
+    for _ in range(3):
+        before = echo.driver.get(spec.CONFIG_GENERATION, 1)
+        echo.driver.config(0, 4)
+        for _ in range(256):
+            echo.model.config_changed()
+        echo.driver.config(4, 4)
+        assert echo.driver.get(spec.CONFIG_GENERATION, 1) != before
+
+
+def test_a_changed_configuration_is_in_isr_status_and_raises_inta_only_without_msix(echo: Machine) -> None:
+    """4.1.4.5.1."""
+    echo.start()
+    echo.model.config_changed()
+    assert not echo.model.read(Space.CONFIG, 6, 2) & 0x08
+    echo.bench.kick("resample")
+    assert echo.bench.edges == {"irq0": 1}
+    assert echo.say(b"x") == b"x"
+    assert echo.driver.isr() == spec.ISR_CONFIG
+    assert echo.driver.isr() == 0
+
+
 def test_nobody_is_told_of_a_changed_configuration_before_driver_ok(echo: Machine) -> None:
     echo.driver.negotiate(V1)
     echo.model.config_changed()
@@ -282,6 +306,16 @@ def test_sizes_that_are_not_allowed_are_refused(echo: Machine, size: int) -> Non
     assert echo.refused == 1
 
 
+def test_a_size_is_a_power_of_2_until_packed_rings_are_negotiated(echo: Machine) -> None:
+    """4.1.4.3.1."""
+    echo.driver.put(spec.DRIVER_FEATURE_SELECT, 4, 1)
+    echo.driver.put(spec.DRIVER_FEATURE, 4, (V1 | spec.F_RING_PACKED) >> 32)
+    for status, size in ((spec.DRIVER, 16), (spec.DRIVER | spec.FEATURES_OK, 7)):
+        echo.driver.add_status(status)
+        echo.driver.put(spec.QUEUE_SIZE, 2, 7)
+        assert echo.driver.get(spec.QUEUE_SIZE, 2) == size
+
+
 def test_a_packed_queue_may_have_any_size(echo: Machine) -> None:
     echo.start(V1 | spec.F_RING_PACKED, size=7)
     assert echo.driver.queues[0].size == 7
@@ -336,8 +370,10 @@ def test_without_a_vector_nobody_is_interrupted(echo: Machine) -> None:
     echo.driver.put(spec.QUEUE_SELECT, 2, 0)
     echo.driver.put(spec.QUEUE_MSIX_VECTOR, 2, spec.MSI_NO_VECTOR)
     assert echo.say(b"quietly") == b"quietly"
-    assert not echo.bench.edges
     assert echo.driver.isr() == 0
+    echo.driver.put(spec.CONFIG_MSIX_VECTOR, 2, spec.MSI_NO_VECTOR)
+    echo.model.config_changed()
+    assert not echo.bench.edges
 
 
 def test_the_wrong_width_reads_the_bytes_there_are_and_writes_nothing(echo: Machine) -> None:
@@ -399,6 +435,32 @@ def test_after_a_failure_in_the_middle_nothing_more_is_used(echo: Machine) -> No
     echo.driver.notify(0)
     assert [u.data for u in echo.driver.queues[0].used()] == [b"one"]
     echo.model.save()
+
+
+@pytest.mark.parametrize("features", [V1, V1 | spec.F_EVENT_IDX, V1 | EVERY_RING])
+def test_a_kick_without_a_chain_is_nothing(echo: Machine, features: int) -> None:
+    """2.7.10.2."""
+    echo.start(features)
+    for _ in range(3):
+        echo.bench.kick("kick", 0)
+    assert not echo.bench.edges
+    assert echo.say(b"as ever") == b"as ever"
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_what_is_the_driver_s_to_write_stays_as_it_is(echo: Machine, indirect: bool) -> None:
+    """2.7.5.1, 2.8.15: readable buffers, and of a split queue the descriptor table; nor is room read."""
+    echo.start(V1 | spec.F_INDIRECT_DESC)
+    queue, memory = echo.driver.queues[0], echo.bench.memory
+    assert isinstance(queue, SplitDriver)
+    readable, room = queue.place(b"from the driver"), queue.place(b"left from before")
+    queue.add([readable], [room], indirect=indirect)
+    table = memory.read(queue.desc, 16 * queue.size)
+    echo.bench.kick("kick", 0)
+    (used,) = queue.used()
+    assert used.data == b"from the driver"
+    assert memory.read(readable.gpa, readable.size) == b"from the driver"
+    assert memory.read(queue.desc, 16 * queue.size) == table
 
 
 def test_a_flood_is_served_in_batches_with_room_between(bench: Any) -> None:

@@ -551,6 +551,16 @@ def test_addresses_are_filtered_once_the_driver_says_so(guest: Guest) -> None:
     assert heard() == every
 
 
+def test_a_reset_empties_the_filter(guest: Guest) -> None:
+    """5.1.6.5.2.1."""
+    assert guest.command(Command.MAC_TABLE_SET, tables([OTHER])) == CTRL_OK
+    again = Guest(guest.bench)
+    again.provide(100, 100)
+    assert again.command(Command.RX_PROMISC, b"\0") == CTRL_OK
+    again.arrive(NOTHING + frame(to=OTHER), NOTHING + frame())
+    assert again.frames() == [frame()]
+
+
 def test_the_driver_may_set_the_address_until_a_reset(guest: Guest) -> None:
     assert guest.command(Command.MAC_ADDR_SET, OTHER) == CTRL_OK
     assert bytes(guest.driver.config(i, 1) for i in range(6)) == OTHER
