@@ -1,4 +1,4 @@
-"""Functions whose queues another program serves: QEMU's storage daemon, virtiofsd, or `vmsup device`."""
+"""Functions whose queues programs of Debian's serve: QEMU's storage daemon, and virtiofsd."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from integration.vhost.programs import (
     Program,
     storage_daemon,
     virtiofsd,
-    vmsup_device,
 )
 
 pytestmark = pytest.mark.kvm
@@ -59,9 +58,9 @@ def image(tmp_path: Path) -> Path:
     return image
 
 
-@pytest.fixture(params=[pytest.param(storage_daemon, marks=NEEDS_STORAGE_DAEMON), vmsup_device])
-def daemon(request: pytest.FixtureRequest, path: Path, image: Path) -> Iterator[Program]:
-    with request.param(image, path) as program:
+@pytest.fixture
+def daemon(path: Path, image: Path) -> Iterator[Program]:
+    with storage_daemon(image, path) as program:
         yield program
 
 
@@ -103,7 +102,8 @@ def start(machine: Start, *options: str) -> Function:
     return Function(machine("remote", "--no-rng", *options, stdin=subprocess.PIPE))
 
 
-def test_a_disk_of_another_program_s(machine: Start, daemon: Program, path: Path, image: Path) -> None:
+@NEEDS_STORAGE_DAEMON
+def test_a_disk_of_the_storage_daemons(machine: Start, daemon: Program, path: Path, image: Path) -> None:
     disk = start(machine, "--vhost-user", f"block,socket={path}")
     driver, guest = disk.driver, disk.guest
     assert driver.config(0, 8) == SIZE // 512
@@ -138,6 +138,7 @@ def test_a_disk_of_another_program_s(machine: Start, daemon: Program, path: Path
     assert disk.vmsup.errors() == "vmsup: vhost1: needs a reset: the back end has closed its socket\n"
 
 
+@NEEDS_STORAGE_DAEMON
 def test_rings_go_on_where_they_were_when_bus_mastering_is_back(
     machine: Start, daemon: Program, path: Path, image: Path
 ) -> None:

@@ -1,11 +1,10 @@
-"""Vhost-user back ends: QEMU's storage daemon, virtiofsd, and our own."""
+"""Debian's vhost-user back ends: QEMU's storage daemon, and virtiofsd."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,36 +41,19 @@ def storage_daemon(image: Path, path: Path) -> Iterator[Program]:
 
 
 @contextmanager
-def vmsup_device(image: Path, path: Path) -> Iterator[Program]:
-    """Our own, likewise."""
-    words = ["block", "--block", f"{image},queues=2", "--socket", str(path), "--device-timeout=30"]
-    yield from _listening([sys.executable, "-P", "-m", "supervisor.cli", "device", *words], path)
-
-
-@contextmanager
 def virtiofsd(shared: Path, path: Path) -> Iterator[Program]:
     assert _VIRTIOFSD is not None
     words = [word.format(shared) for word in _VIRTIOFSDS[_VIRTIOFSD]]
     yield from _listening([_VIRTIOFSD, f"--socket-path={path}", *words], path)
 
 
-def listens(pid: int, path: Path) -> bool:
-    """Whether somebody listens at `path`, seen from process `pid`: it is there a moment before that."""
-    try:
-        sockets = Path(f"/proc/{pid}/net/unix").read_text().splitlines()
-    except OSError:
-        return False
-    # Num RefCount Protocol Flags Type St Inode Path; the flag is __SO_ACCEPTCON
-    return any(f"{path}" == s[-1] and s[3] == "00010000" for s in map(str.split, sockets))
-
-
 def _listening(command: list[str], path: Path) -> Iterator[Program]:
-    """The program, once it listens at `path`."""
+    """The program, once it has made its socket."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
         assert program.stderr is not None
         try:
             until_s = time.monotonic() + _PATIENCE_S
-            while not listens(program.pid, path):
+            while not path.exists():
                 assert program.poll() is None, program.stderr.read()
                 assert time.monotonic() < until_s
                 time.sleep(0.01)
