@@ -8,7 +8,8 @@ Interrupts: pin n of the I/O APIC is GSI n for every n, IRQ 0 included, as KVM w
 which would otherwise be level and active low: ours is an eventfd that KVM turns into an edge.  Lines below
 16 that PCI uses are overridden the other way, for they would otherwise be ISA edges.
 
-Left out: GPEs, buttons, sleep states but S5, C-states beyond C1, _OSC, hot-plug.
+Left out: GPEs, and with them the event of a generation id that changes while the guest runs; buttons, sleep
+states but S5, C-states beyond C1, _OSC, hot-plug.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SERIAL_HID: Final = "PNP0501"
 PIT_HID: Final = "PNP0100"
 RTC_HID: Final = "PNP0B00"
 PVPANIC_HID: Final = "QEMU0001"
+VM_GENERATION_ID_SIZE: Final = 16
 S5_SLP_TYP: Final = 5  # what the acpi-pm device takes for power-off
 
 _OEM_ID: Final = b"VMSUP ".ljust(6)
@@ -206,6 +208,7 @@ def _dsdt(machine: Machine) -> bytes:
         *(_processor(uid) for uid in range(len(machine.apic_ids))),
         *(_isa_device(d, shared=users[d.gsi] > 1) for d in machine.isa_devices),
         *_ecam(machine.ecam_buses),
+        _vm_generation_id(),
         _pci_root(machine),
     ) + aml.name("\\_S5", aml.package(*map(aml.integer, (S5_SLP_TYP, 0, 0, 0))))
 
@@ -231,6 +234,22 @@ def _ecam(buses: int) -> Iterator[bytes]:
     if buses:
         window = aml.memory32_fixed(layout.ECAM, layout.ecam_size(buses))
         yield aml.device("ECAM", _id("PNP0C02"), aml.name("_CRS", aml.resources(window)))
+
+
+def _vm_generation_id() -> bytes:
+    """Where the VM's generation id is (Microsoft's "Virtual Machine Generation ID", 2012).
+
+    Guests know it by the compatible ids: the one of the specification, and the one that has ACPI's form.
+    """
+    ids = aml.package(aml.string("VMGENCTR"), aml.string("VM_Gen_Counter"))
+    low, high = layout.VM_GENERATION_ID & 0xFFFFFFFF, layout.VM_GENERATION_ID >> 32
+    return aml.device(
+        "VGEN",
+        _id("VMSP0001"),
+        aml.name("_CID", ids),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", aml.package(aml.integer(low), aml.integer(high))),
+    )
 
 
 def _pci_root(machine: Machine) -> bytes:

@@ -38,6 +38,7 @@ EBDA: Final = 0x9FC00  # also the end of the first RAM entry
 # Firmware tables, in the BIOS area.
 RSDP: Final = 0xE0000  # the other ACPI tables follow it
 MP_TABLE: Final = 0xF0000  # the floating pointer, then the configuration table
+VM_GENERATION_ID: Final = 0xFF000  # 16 bytes, alone in their page
 BIOS_END: Final = MIB
 
 KERNEL: Final = 0x200000

@@ -166,6 +166,8 @@ class _Launch:
                 layout.RSDP,
                 acpi.build(machine.acpi_machine(config, memory.size, ecam_buses)),
             )
+            # A new one at each start; nothing copies a VM that runs, so it never changes.
+            memory.write(layout.VM_GENERATION_ID, os.urandom(acpi.VM_GENERATION_ID_SIZE))
             memory.write(layout.MP_TABLE, mptable.build(range(config.cpus), machine.pci_interrupts()))
             bootparams.write(
                 memory,

@@ -168,10 +168,10 @@ class Guest:
         except (NotReady, AssertionError):
             self.spoilt = True  # features that it does not take, or a register that was written before
             return
-        begins = {None, 1 << 15 if choice & _PACKED else 0}
-        for n, queue_state in enumerate(_state(self._model).queues):
-            if queue_state.position not in begins:
-                raise Finding("reset", f"queue {n} begins at {queue_state.position}")
+        for n, (driver, setup) in enumerate(zip(self._pci.queues, _state(self._model).queues, strict=True)):
+            begin = 0 if isinstance(driver, SplitDriver) else 1 << 15
+            if setup.position not in (begin, None):
+                raise Finding("reset", f"queue {n} begins at {setup.position}")
 
     def _check_bar(self) -> None:
         """Size BAR 0 as a firmware does (PCI 3.0, 6.2.5.1), and leave it as it was."""

@@ -15,6 +15,8 @@ import pytest
 
 from integration.boot import vm
 from integration.machine.conftest import PATIENCE_S, Machine
+from integration.machine.remote import Remote, RemoteMemory
+from kvmcore import layout
 from kvmcore.kvm import Kvm
 
 pytestmark = pytest.mark.kvm
@@ -63,6 +65,15 @@ def test_the_tsc_can_be_calibrated_against_the_pit(elf: Callable[[str], str], ir
     ticks = int(result.lines[-1][1], 16)
     # Linux takes the shortest of its tries; one try may have waited for a CPU, but is never short.
     assert 0.98 * expected < ticks < 2 * expected
+
+
+def test_each_start_is_another_generation(machine: Start) -> None:
+    ids = set()
+    for _ in range(2):
+        guest = Remote(machine("remote", stdin=subprocess.PIPE))
+        ids.add(RemoteMemory(guest).read(layout.VM_GENERATION_ID, 16))
+        assert guest.power_off() == 0
+    assert len(ids) == 2 and bytes(16) not in ids
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -20,6 +20,7 @@ from devproc.vhost import message
 from devproc.vhost.connection import Connection
 from devproc.vhost.message import MemoryRegion, Payload, Request, VringAddr, VringFile, VringState
 from devproc.virtio import spec
+from integration.vhost.programs import listens
 from kvmcore.memory import GuestMemory
 
 USER = 0x7F00_0000_0000
@@ -50,7 +51,8 @@ class Client:
     """One connection; requests are acknowledged, so what is wrong is known at once."""
 
     def __init__(self, path: Path) -> None:
-        self.sock = _connected(path)
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(str(path))
         self.connection = Connection(self.sock)
         self.sock.settimeout(WAIT_S)
         self.drivers: dict[int, Driver] = {}
@@ -134,20 +136,6 @@ class Client:
             os.close(fd)
 
 
-def _connected(path: Path) -> socket.socket:
-    until_s = time.monotonic() + WAIT_S
-    while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.connect(str(path))
-        except ConnectionRefusedError:  # it is bound, and not yet listening
-            sock.close()
-            assert time.monotonic() < until_s
-            time.sleep(0.02)
-        else:
-            return sock
-
-
 class BackEnd:
     """A running `vmsup device`."""
 
@@ -171,9 +159,8 @@ class BackEnd:
             text=True,
         )
         assert self.process.stderr is not None
-        self.lines: list[str] = []
         until_s = time.monotonic() + WAIT_S
-        while not path.exists():
+        while not listens(self.process.pid, path):
             assert self.process.poll() is None, self.process.stderr.read()
             assert time.monotonic() < until_s
             time.sleep(0.02)

@@ -47,13 +47,23 @@ def virtiofsd(shared: Path, path: Path) -> Iterator[Program]:
     yield from _listening([_VIRTIOFSD, f"--socket-path={path}", *words], path)
 
 
+def listens(pid: int, path: Path) -> bool:
+    """Whether somebody listens at `path`, seen from process `pid`: it is there a moment before that."""
+    try:
+        sockets = Path(f"/proc/{pid}/net/unix").read_text().splitlines()
+    except OSError:
+        return False
+    # Num RefCount Protocol Flags Type St Inode Path; the flag is __SO_ACCEPTCON
+    return any(f"{path}" == s[-1] and s[3] == "00010000" for s in map(str.split, sockets))
+
+
 def _listening(command: list[str], path: Path) -> Iterator[Program]:
-    """The program, once it has made its socket."""
+    """The program, once it listens at `path`."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
         assert program.stderr is not None
         try:
             until_s = time.monotonic() + _PATIENCE_S
-            while not path.exists():
+            while not listens(program.pid, path):
                 assert program.poll() is None, program.stderr.read()
                 assert time.monotonic() < until_s
                 time.sleep(0.01)

@@ -1,5 +1,6 @@
 """AML is disassembled and compiled again by iasl; tables are read by offset, as in ACPI 6.5 chapter 5."""
 
+import re
 import shutil
 import struct
 import subprocess
@@ -134,6 +135,19 @@ def test_dsdt_declares_the_machine(iasl):
         "Name (\\_S5, Package (0x04) // _S5_: S5 System State { 0x05,",
     ):  # fmt: skip
         assert wanted in source
+
+
+def test_the_interpreter_of_linux_finds_the_generation_id(tmp_path):
+    program = shutil.which("acpiexec")
+    if program is None:
+        pytest.skip("no acpiexec (Debian package acpica-tools)")
+    dsdt = tmp_path / "dsdt"
+    dsdt.write_bytes(Tables(BARE)["DSDT"])
+    ask = "; ".join(f"execute \\_SB.VGEN.{name}" for name in ("ADDR", "_CID", "_DDN"))
+    said = subprocess.run([program, "-b", ask, dsdt], capture_output=True, text=True, check=False).stdout
+    assert re.findall(r"\[Integer\] = ([0-9A-F]+)", said) == [f"{layout.VM_GENERATION_ID:016X}", "0" * 16]
+    # It makes ids capital, as in the list of Linux's driver.
+    assert re.findall(r'"(V\w+)"', said) == ["VMGENCTR", "VM_GEN_COUNTER", "VM_Gen_Counter"]
 
 
 def test_isa_interrupts_are_edges_and_shared_only_where_two_have_one(iasl):

@@ -16,7 +16,8 @@ LOW_STRUCTURES = [
     (layout.CMDLINE, 64 * KIB),
     (layout.EBDA, KIB),
     (layout.RSDP, 64 * KIB),
-    (layout.MP_TABLE, 64 * KIB),
+    (layout.MP_TABLE, 60 * KIB),
+    (layout.VM_GENERATION_ID, 4 * KIB),
     (layout.KERNEL, MIB),
 ]
 GAP_STRUCTURES = [
@@ -53,6 +54,12 @@ def test_page_structures_are_page_aligned():
 def test_full_ecam_is_aligned_to_its_own_size():
     # PCI Express Base 6.0 section 7.2.2: the base is aligned to the size of the window.
     assert layout.ECAM % layout.ecam_size(layout.ECAM_BUSES_MAX) == 0
+
+
+def test_the_generation_id_is_in_a_page_that_no_guest_uses_otherwise():
+    page = layout.VM_GENERATION_ID
+    assert page % layout.PAGE_SIZE == 0
+    assert not any(entry.gpa <= page < entry.gpa + entry.size for entry in layout.e820(GIB, 1))
 
 
 def test_mp_table_is_where_the_specification_lets_a_guest_look():

@@ -132,4 +132,4 @@ def test_processors_beyond_8_bit_ids_are_left_to_acpi():
 def test_any_machine_gives_a_sound_table_that_fits(vcpus, interrupts):
     table = parse(range(vcpus), interrupts)
     assert len(table.processors) == min(vcpus, 255)
-    assert layout.MP_TABLE + len(mptable.build(range(vcpus), interrupts)) <= layout.BIOS_END
+    assert layout.MP_TABLE + len(mptable.build(range(vcpus), interrupts)) <= layout.VM_GENERATION_ID
