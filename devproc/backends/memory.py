@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from devproc import syscalls
+from devproc.ports import HostError
 from devproc.vhost.connection import Connection
 from devproc.vhost.message import Memory, Request, parse
 from kvmcore.memory import MAP_NORESERVE, GuestMemory, Region
@@ -31,8 +32,7 @@ def attach(fd: int, below: int, above: int) -> GuestMemory:
 
     Raises:
         ValueError: the file has another size.
-        MessageError: the socket has no table of regions.
-        OSError: a region cannot be mapped.
+        HostError: a region of the front end's cannot be mapped.
     """
     if stat.S_ISSOCK(os.fstat(fd).st_mode):
         return _receive(Connection(socket.socket(fileno=os.dup(fd))))
@@ -56,6 +56,8 @@ def _receive(connection: Connection) -> GuestMemory:
         request, regions = parse(received.header, received.body, len(received.fds))
         assert request is Request.SET_MEM_TABLE
         return _Patchwork(cast(Memory, regions), received.fds)
+    except OSError as e:
+        raise HostError(f"guest memory: {e.strerror}") from None
     finally:
         received.close()
 
