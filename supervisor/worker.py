@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -136,7 +136,12 @@ class Worker:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             socket.send_fds(ours, [message.pack(Request.SET_MEM_TABLE, memory)], list(files))
-            proxy = self._start(theirs.fileno(), 0, vrings)
+            try:
+                proxy = self._start(theirs.fileno(), 0, vrings)
+            except DeviceDied as e:
+                with suppress(DeviceDied):
+                    self.stop()
+                raise NotAccepted(str(e)) from None
         self._negotiate(proxy, features)
         proxy.write(Space.CONFIG, _MSIX_CONTROL, 2, _MSIX_ENABLE)
         for index, vring in vrings.items():
@@ -198,11 +203,11 @@ class Worker:
         how = os.waitid(os.P_PID, proxy.pid, os.WEXITED)
         proxy.reaped = True
         proxy.on_log()
+        self.proxies.remove(proxy)
+        proxy.close()
         assert how is not None
         if (how.si_code, how.si_status) != (os.CLD_EXITED, 0):
             raise DeviceDied(proxy.name, reaper.cause(how))
-        self.proxies.remove(proxy)
-        proxy.close()
 
     def _process(self) -> Proxy:
         return self.proxies[0] if self.proxies else self._start(self._nothing.fd, _PAGE, {})

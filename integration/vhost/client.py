@@ -156,9 +156,10 @@ class BackEnd:
             ],
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
-            text=True,
         )
         assert self.process.stderr is not None
+        self._stderr = self.process.stderr.fileno()
+        self._said = b""
         until_s = time.monotonic() + WAIT_S
         while not listens(self.process.pid, path):
             assert self.process.poll() is None, self.process.stderr.read()
@@ -167,8 +168,13 @@ class BackEnd:
 
     def line(self) -> str:
         """The next line that it says."""
-        assert self.process.stderr is not None
-        return self.process.stderr.readline().rstrip()
+        while b"\n" not in self._said:
+            assert select.select([self._stderr], [], [], WAIT_S)[0], "it says nothing"
+            said = os.read(self._stderr, 4096)
+            assert said, "it has ended"
+            self._said += said
+        line, _, self._said = self._said.partition(b"\n")
+        return line.decode()
 
     def device(self) -> int:
         """The pid of the device's process."""
@@ -188,7 +194,7 @@ class BackEnd:
 
     def wait(self) -> tuple[int, str]:
         _, said = self.process.communicate(timeout=WAIT_S)
-        return self.process.returncode, said
+        return self.process.returncode, (self._said + said).decode()
 
 
 @contextlib.contextmanager

@@ -189,6 +189,15 @@ def _kicked(**changes: int) -> Act:
     return act
 
 
+def _read_only(client: Client, guest: Guest) -> None:
+    client.set_memory(guest)
+    client.set_up(guest, 0, V1)
+    memory = os.open(f"/proc/self/fd/{guest.memory.fd}", os.O_RDONLY)
+    client.ask(Request.SET_MEM_TABLE, guest.regions, [memory] * len(guest.regions))
+    os.close(memory)
+    os.eventfd_write(client.kicks[0], 1)
+
+
 HALF = MEMORY_SIZE // 2
 HOSTILE: dict[str, tuple[Act, str]] = {
     "garbage": (lambda c, g: c.sock.sendall(b"GET / HTTP/1.1\r\n\r\n"), "flags"),
@@ -207,6 +216,10 @@ HOSTILE: dict[str, tuple[Act, str]] = {
     "an overlap": (_regions({"guest_address": HALF - 4096}, {}), "overlap at guest address"),
     "user overlap": (_regions({"user_address": USER + (1 << 30) + 4096}, {}), "overlap at user address"),
     "no file": (_regions({}, {}, fd=os.open(os.devnull, os.O_RDWR)), "not a file"),
+    "memory to read": (
+        _read_only,
+        "block1: guest memory: mmap: Permission denied",
+    ),
     "polling": (_says(Request.SET_VRING_KICK, VringFile(0, False)), "to be polled"),
     "a kick that is no eventfd": (
         _says(Request.SET_VRING_KICK, VringFile(0, True), lambda: [os.pipe()[0]]),
