@@ -19,6 +19,7 @@ from devproc.virtio import spec
 from integration.boot import vm
 from integration.machine.conftest import PATIENCE_S, Machine, alive
 from integration.machine.remote import Remote, RemoteFunction, RemoteMemory
+from integration.vhost.client import back_end
 
 pytestmark = pytest.mark.kvm
 
@@ -45,13 +46,17 @@ def running(
 ) -> Iterator[tuple[Machine, PciDriver]]:
     vmsup = machine("remote", *on_passt, stdin=subprocess.PIPE)
     guest = Remote(vmsup)
+    yield vmsup, started(guest, F_STATUS)
+    assert guest.power_off() == 0  # and that nothing is left behind
+
+
+def started(guest: Remote, features: int = 0) -> PciDriver:
     driver = PciDriver(RemoteFunction(guest, SLOT), RemoteMemory(guest), RINGS)  # type: ignore[arg-type]
-    driver.start(spec.F_VERSION_1 | F_MAC | F_STATUS | F_MRG_RXBUF, size=16)
+    driver.start(spec.F_VERSION_1 | F_MAC | F_MRG_RXBUF | features, size=16)
     for _ in range(8):
         driver.queues[RX].request(1526)
     driver.notify(RX)
-    yield vmsup, driver
-    assert guest.power_off() == 0  # and that nothing is left behind
+    return driver
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -74,8 +79,8 @@ def link(vmsup: Machine, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=vm.ROOT, check=False)
 
 
-def test_a_guest_asks_by_arp_and_passt_answers(running: tuple[Machine, PciDriver]) -> None:
-    _, driver = running
+def ask_by_arp(driver: PciDriver) -> None:
+    """And be answered."""
     arp = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + MAC + bytes([192, 0, 2, 2]) + bytes(6)
     frame = ANYBODY + MAC + b"\x08\x06" + arp + bytes([192, 0, 2, 1])
     driver.queues[TX].request(bytes(HEADER.size) + frame)
@@ -88,6 +93,23 @@ def test_a_guest_asks_by_arp_and_passt_answers(running: tuple[Machine, PciDriver
 
     until(answered)
     assert len(driver.queues[TX].used()) == 1
+
+
+def test_a_guest_asks_by_arp_and_passt_answers(running: tuple[Machine, PciDriver]) -> None:
+    ask_by_arp(running[1])
+
+
+def test_passt_answers_when_the_card_is_another_vmsups(
+    machine: Callable[..., Machine], on_passt: tuple[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "card"
+    with back_end(path, "net", *on_passt):
+        card = "--vhost-user", f"net,socket={path},mac=02:00:00:00:00:02"
+        guest = Remote(machine("remote", "--no-rng", *card, stdin=subprocess.PIPE))
+        driver = started(guest)
+        assert bytes(driver.config(n, 1) for n in range(6)) == MAC
+        ask_by_arp(driver)
+        assert guest.power_off() == 0
 
 
 def test_vmsup_link_pulls_the_cable_and_plugs_it_in_again(running: tuple[Machine, PciDriver]) -> None:
