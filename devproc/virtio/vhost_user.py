@@ -155,7 +155,7 @@ class VhostUser(VirtioDevice):
             if self._resetting:
                 self._resetting = False
                 super()._reset()
-            elif wanted and not self._calls:
+            elif wanted and not self._calls and self._backend.up:
                 self._start()
 
     def _start(self) -> None:
