@@ -92,6 +92,11 @@ class Mutator:
             slow += starts
         self._slow = [encode(r) for r in slow]
 
+    @property
+    def snippets(self) -> list[bytes]:
+        """What it makes inputs of."""
+        return list(dict.fromkeys(snippet for pool in (*self._pools, self._slow) for snippet in pool))
+
     def _accesses(self, tables: Sequence[Table], numbers: list[int]) -> tuple[list[bytes], list[bytes]]:
         reads: list[Record] = []
         writes: list[Record] = []

@@ -14,6 +14,7 @@ from devproc.fuzz.bench import Bench, Step, memory_of
 from devproc.fuzz.finding import Finding
 from devproc.fuzz.inputs import RECORD, Rep, Twist, canonical, default_params, parse, records, to_text
 from devproc.fuzz.mutate import LENGTH_MAX, Mutator
+from integration.fuzz.hypothesis_device import survives
 from integration.fuzz.seeded import BUGS, plant
 
 LEGACY = ("serial", "rtc", "i8042", "pit", "pci-host", "acpi-pm", "pvpanic")
@@ -278,3 +279,14 @@ def test_virtio_inputs_are_canonical_and_have_a_text(name: str) -> None:
         rep = Rep(name, data, default_params(entry))
         assert canonical(entry, data) == data
         assert parse(to_text(rep)) == rep
+
+
+def test_hypothesis_drives_the_same_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    survives(CATALOG["i8042"], 20)
+    survives(CATALOG["virtio-rng"], 20)
+    bug = BUGS["value-too-wide"]
+    with pytest.raises(Finding) as found:
+        survives(plant(bug.device, bug.changes, "hypothesis_i8042", tmp_path, monkeypatch), 200)
+    assert found.value.kind == bug.kind
+    (text,) = (line for line in found.value.__notes__ if line.startswith("vmrep 1 i8042"))
+    assert len(list(records(parse(text).data))) == 2
