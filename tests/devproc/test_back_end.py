@@ -82,7 +82,7 @@ def test_descriptors_that_come_along_are_dropped(ends: Ends) -> None:
     socket.send_fds(ends.program, [ANSWER], [ends.program.fileno()] * 50)
     ends.port.on_readable()
     assert len(ends.answers) == 1
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # others may have been collected meanwhile
 
 
 def test_the_end_is_told_once(ends: Ends) -> None:
