@@ -67,6 +67,15 @@ def test_the_tsc_can_be_calibrated_against_the_pit(elf: Callable[[str], str], ir
     assert 0.98 * expected < ticks < 2 * expected
 
 
+@pytest.mark.parametrize("transport", ["mailbox", "socket"])
+def test_what_a_guest_transmits_before_it_halts_or_ends_is_seen(
+    machine: Start, elf: Callable[[str], str], transport: str
+) -> None:
+    machine("unasked", "--transport", transport).wait_for(b"!")
+    result = vm.run("--transport", transport, elf("farewell"))
+    assert (result.console, result.code, result.errors) == ("bye", 0, "")
+
+
 def test_each_start_is_another_generation(machine: Start) -> None:
     ids = set()
     for _ in range(2):
