@@ -33,6 +33,7 @@ echo "memory-kib: $(awk '/MemTotal/ {print $2}' /proc/meminfo)"
 for n in 0 1 2 3; do echo "ttyS$n: $(cat /sys/class/tty/ttyS$n/type)"; done
 echo "topology: $(lscpu | grep -E '^(Thread|Core|Socket)' | sed 's/.*: *//' | tr '\n' ' ')"
 echo "lspci: $(lspci -n)"
+echo "generation: $(ls /sys/bus/acpi/drivers/vmgenid | grep VMSP)"
 echo "epoch: $(date +%s)"
 dmesg | grep -E 'BUG|Oops|WARNING:|nobody cared|soft lockup' | sed 's/^/trouble: /'
 """
@@ -97,6 +98,8 @@ def test_a_stock_kernel_boots(
     assert [vmsup[f"ttyS{n}:"] for n in range(4)] == [PORT_16550A] * 4
     assert vmsup["topology:"].split() == ["1", str(cpus), "1"]
     assert vmsup["lspci:"].startswith("00:00.0 0600: 8086:1237")
+    if kind in ("generic", "vmlinux"):  # with ACPI and CONFIG_VMGENID
+        assert vmsup["generation:"] == "VMSP0001:00"
     assert "trouble:" not in vmsup.console, vmsup.console
 
 
