@@ -61,6 +61,7 @@ static uint8_t run_before[RUN_SIZE];
 static size_t data_start, data_end; /* what the access at hand may change of the run page */
 static int peers[DEVICES];
 static struct mailbox *pages[DEVICES]; /* NULL: it has no mailbox */
+static struct kvm_coalesced_mmio_ring *ring; /* NULL: the core has none */
 static uint32_t gone[DEVICES];
 static uint32_t n_devices;
 
@@ -437,11 +438,46 @@ static void look_up(void)
     REQUIRE(first ? !memcmp(&route, first, sizeof route) : route.kind == ROUTE_FLOAT);
 }
 
+static void coalesce(void)
+{
+    uint32_t index = u8() & 7;
+    int fd = memfd_create("ring", MFD_CLOEXEC);
+    REQUIRE(fd >= 0 && !ftruncate(fd, PAGE));
+    REQUIRE((core_coalesce(core, fd, 0, index) == 0) == (index < n_devices));
+    if (!ring && index < n_devices) {
+        ring = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        REQUIRE(ring != MAP_FAILED);
+        ring->first = ring->last = u8() % KVM_COALESCED_MMIO_MAX;
+    }
+    close(fd);
+}
+
+/* As KVM does, of what the guest may write. */
+static void put_aside(void)
+{
+    struct kvm_coalesced_mmio entry = {.phys_addr = number(), .len = u8() & 15, .pio = 1};
+    uint32_t next = ring ? (ring->last + 1) % KVM_COALESCED_MMIO_MAX : 0;
+    memcpy(entry.data, &(uint64_t){number()}, 8);
+    if (!ring || next == ring->first)
+        return;
+    ring->coalesced_mmio[ring->last] = entry;
+    ring->last = next;
+}
+
+static void drain_ring(void)
+{
+    uint32_t now, lost = core_drain(core, &now);
+    REQUIRE(lost <= n_devices && (!ring || ring->first == ring->last));
+    if (lost)
+        check_gone(lost - 1, now);
+}
+
 static void step(void)
 {
+    uint8_t what = u8();
     struct core_device_counters counters;
     uint64_t floats[2];
-    switch (u8() % 21) {
+    switch (what < 0xf8 ? what % 21 : 21 + what % 3) {
     case 0: add_device(false); break;
     case 1: peer_sends(); break;
     case 2: peer_answers(); break;
@@ -474,6 +510,9 @@ static void step(void)
     case 18: usual_machine(); break;
     case 19: add_device(true); break;
     case 20: peer_scribbles(); break;
+    case 21: coalesce(); break;
+    case 22: put_aside(); break;
+    case 23: drain_ring(); break;
     }
 }
 
@@ -494,6 +533,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         step();
     core_vcpu_free(vcpu);
     core_free(core);
+    if (ring)
+        munmap(ring, PAGE);
+    ring = NULL;
     while (n_devices) {
         close(peers[--n_devices]);
         if (pages[n_devices])
