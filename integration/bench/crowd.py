@@ -20,7 +20,7 @@ from integration.testbed.debian import tool
 
 MEMORY_TARGET, PROCESSOR_TARGET = 4.0, 1.0
 CROWDS = (1, 10)
-ROUNDS = 3
+ROUNDS = 2
 SETTLE_S, WATCH_S = 2.0, 5.0
 # The same in 32 and 64 bits; the note is what QEMU starts an ELF by (PVH: XEN_ELFNOTE_PHYS32_ENTRY).
 HALT = """
