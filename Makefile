@@ -1,5 +1,6 @@
 # make setup   Debian packages, .venv, the kernels that guests boot (outside the tree, in ~/.cache/vmsup)
 # make demo    a stock Debian kernel, every device in its own jail
+# make debian  Debian's userland on a disk, with a network and a shared directory, as an ordinary user
 # make test    everything; stock kernels boot in the testbed where this machine's /dev/kvm cannot
 # make bench   what it costs, against C baselines and QEMU; raw data in build/bench.json
 # make fuzz    the wire and the C core, FUZZ_S seconds each, from and into tests/regressions
@@ -23,13 +24,17 @@ PACKAGES += acpica-tools device-tree-compiler pciutils fio qemu-utils e2fsprogs
 FUZZ_PACKAGES := clang-14 libclang-rt-14-dev
 FUZZ_S ?= 600
 
-.PHONY: setup demo test bench fuzz clean packages kernels
+.PHONY: setup demo debian test bench fuzz clean packages kernels
 
 setup: $(BIN)/.ready kernels
 	@$(BIN)/python -m compileall -q kvmcore devproc policies supervisor integration  # where PYTHONDONTWRITEBYTECODE is set
 
 demo: setup
 	$(BIN)/python integration/demo.py
+
+debian: PACKAGES += mmdebstrap fakeroot uidmap
+debian: setup
+	$(BIN)/python integration/debian.py
 
 test: setup
 	$(BIN)/python -m pytest
