@@ -25,11 +25,12 @@ import pytest
 
 from integration import kvm
 from integration.boot import images
-from integration.testbed import debian
+from integration.testbed import cli, debian
 from integration.testbed.qemu import die_with
 
 REPORT_FD = 3
 TESTBED_TIMEOUT_S = 3600
+CRASHES_MAX = 2
 _REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest
 if _REPORTING:
     os.set_inheritable(REPORT_FD, False)
@@ -44,18 +45,51 @@ def booted(record_property: Callable[[str, object], None]) -> Callable[[], None]
 
 
 class Testbed:
-    """A pytest in the testbed that runs `nodeids`; its reports, in whatever order they come."""
+    """A pytest in the testbed that runs `nodeids`; its reports, in whatever order they come.
+
+    An emulated processor makes mistakes, and L1's own kernel may die of one (cli.EXIT_FAILED): what was not
+    run by then runs in another L1, and the summary says so.
+
+    Attributes:
+        crashes: how L1 died, each time.
+    """
 
     def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
+        self.crashes: list[str] = []
         self._config = config
+        self._nodeids = nodeids
         self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._begin()
+
+    def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
+        """The reports of `item`'s set-up, call and tear-down; one failure when the testbed ended before."""
+        while not self._is_over(item.nodeid):
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+            if line:
+                self._take(json.loads(line))
+                continue
+            status = self._process.wait()
+            why = f"the testbed ended (exit status {status}) before this test did\n{self._last_output()}"
+            if status != cli.EXIT_FAILED or len(self.crashes) == CRASHES_MAX:
+                return [*self._reports.get(item.nodeid, []), _report(item, "failed", why)]
+            self.crashes.append(why)
+            self.close()
+            self._begin()
+        return self._reports[item.nodeid]
+
+    def _begin(self) -> None:
+        """Start the testbed with what has not been run to its end."""
+        left = [nodeid for nodeid in self._nodeids if not self._is_over(nodeid)]
+        for nodeid in left:
+            self._reports.pop(nodeid, None)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         run = Path(__file__).parent / "testbed/run"
-        far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *nodeids]
+        far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *left]
         shell = ["sh", "-c", f'exec {REPORT_FD}>&1 >&2 "$@"', "sh", *far]
         self._process = subprocess.Popen(
             [run, "--timeout", str(TESTBED_TIMEOUT_S), "--", *shell],
-            cwd=config.rootpath,
+            cwd=self._config.rootpath,
             env={**os.environ, "VMSUP_REPORTING": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -66,26 +100,18 @@ class Testbed:
         # Reports wait there until the unit tests are over.
         fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
 
-    def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
-        """The reports of `item`'s set-up, call and tear-down; one failure when the testbed ended before."""
-        assert self._process.stdout is not None
-        got = self._reports.setdefault(item.nodeid, [])
-        while not (got and got[-1].when == "teardown"):
-            line = self._process.stdout.readline()
-            if not line:
-                return [*got, _report(item, "failed", self._why_it_ended())]
-            data = json.loads(line)
-            report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
-            if isinstance(report.longrepr, list):
-                report.longrepr = tuple(report.longrepr)  # a skip's (path, line, reason), before JSON
-            self._reports.setdefault(report.nodeid, []).append(report)
-        return got
+    def _is_over(self, nodeid: str) -> bool:
+        return any(report.when == "teardown" for report in self._reports.get(nodeid, []))
 
-    def _why_it_ended(self) -> str:
-        status = self._process.wait()
+    def _take(self, data: dict[str, object]) -> None:
+        report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
+        if isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)  # a skip's (path, line, reason), before JSON
+        self._reports.setdefault(report.nodeid, []).append(report)
+
+    def _last_output(self) -> str:
         self._output.seek(0)
-        tail = self._output.read().decode(errors="replace").splitlines()[-40:]
-        return "\n".join([f"the testbed ended (exit status {status}) before this test did", *tail])
+        return "\n".join(self._output.read().decode(errors="replace").splitlines()[-40:])
 
     def close(self) -> None:
         """End it."""
@@ -100,6 +126,7 @@ class Unavailable:
     """In place of a testbed that cannot be had: everything is skipped, with the reason."""
 
     def __init__(self, reason: str) -> None:
+        self.crashes: list[str] = []
         self._reason = reason
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
@@ -182,7 +209,7 @@ class Reporter:
             line = line[os.write(REPORT_FD, line) :]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     reports = [
         r for kind in terminalreporter.stats.values() for r in kind if isinstance(r, pytest.TestReport)
     ]
@@ -194,3 +221,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{count} on {where}")
     if not kvms:
         terminalreporter.write_line("none")
+    if (testbed := config.stash.get(_testbed, None)) is not None:
+        for why in testbed.crashes:
+            terminalreporter.write_line(f"L1 died and was started again: {why}")
