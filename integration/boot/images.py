@@ -77,7 +77,8 @@ def fio() -> Path:
             (root / Path(path).name).write_bytes(node.data)
             (root / Path(path).name).chmod(0o755)
         mib = sum(len(node.data) for node in files.values()) * 5 // 4 >> 20
-        command = [mke2fs, "-q", "-t", "ext4", "-O", "^has_journal", "-d", root, into / "fio.img", f"{mib}M"]
+        image = str(into / "fio.img")
+        command = [mke2fs, "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), image, f"{mib}M"]
         subprocess.run(command, check=True)
 
     return cache.once("fio", build) / "fio.img"
