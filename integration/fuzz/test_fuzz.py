@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from devproc import jail
 from devproc.catalog import CATALOG
-from integration.fuzz.seeded import BUGS, plant, plant_bug
+from integration.fuzz.seeded import BUGS
+from integration.fuzz.small import campaign
 from integration.ordinary import ROOT, as_user
-from kvmcore.errors import VmsupError
-from supervisor.fuzz import Campaign, Plan
 
 RUNS = 2000
 SLOW = {"interrupt-at-every-look", "register-past-the-end", "size-changed-after-activation"}
@@ -26,28 +24,12 @@ SEEDED_RUNS = 200_000
 SEEDED_S = 120.0
 
 
-def nothing(_: str) -> None:
-    pass
-
-
-def campaign(plan: Plan) -> Campaign:
-    try:
-        return Campaign(plan, nothing)
-    except VmsupError as e:
-        if "jail:" in str(e):
-            pytest.skip(str(e))
-        raise
-
-
 @pytest.mark.parametrize("device", CATALOG)
 def test_a_shipped_device_is_fuzzed_in_its_jail_and_nothing_is_found(device: str, tmp_path: Path) -> None:
-    with campaign(
-        Plan(device, tmp_path / "corpus", tmp_path / "crashes", runs=RUNS, timeout_s=1.0)
-    ) as fuzzing:
-        result = fuzzing.run(nothing)
+    result = campaign(tmp_path, device, runs=RUNS, timeout_s=1.0)
     assert result.findings == []
     assert result.runs >= RUNS
-    assert len(result.covered) > len(result.blocks) // 3
+    assert result.covered > result.blocks // 3
 
 
 def test_an_ordinary_user_can_fuzz(tmp_path: Path) -> None:
@@ -71,17 +53,13 @@ def test_an_ordinary_user_can_fuzz(tmp_path: Path) -> None:
         assert not Path(where, "crashes").exists()
 
 
-def test_a_call_that_the_policy_forbids_is_a_finding_with_its_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_that_the_policy_forbids_is_a_finding_with_its_arguments(tmp_path: Path) -> None:
     before = "        if data & PULSE == PULSE and not data & LINE_RESET:\n"
     wrong = f"        if data == 0x42:\n            import os\n            os.kill(1, 9)\n{before}"
-    entry = plant("i8042", ((before, wrong),), "seeded_violation", tmp_path, monkeypatch)
-    with campaign(Plan(entry.name, None, tmp_path / "crashes", runs=20_000)) as fuzzing:
-        result = fuzzing.run(nothing)
-    (found,) = result.findings
-    assert found.kind == "violation"
-    assert found.why.startswith("system call 62 kill(0x1, 0x9")
+    result = campaign(tmp_path, "i8042", changes=((before, wrong),), runs=20_000, stop=True)
+    ((kind, why),) = result.findings
+    assert kind == "violation"
+    assert why.startswith("system call 62 kill(0x1, 0x9")
     assert result.exit_code == 77
 
 
@@ -92,14 +70,10 @@ def in_a_while(name: str) -> object:
 
 
 @pytest.mark.parametrize("name", [in_a_while(name) for name in BUGS])
-def test_a_seeded_bug_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seeded_bug_is_found(name: str, tmp_path: Path) -> None:
     bug = BUGS[name]
-    entry = plant_bug(name, tmp_path, monkeypatch)
-    plan = Plan(
-        entry.name, None, tmp_path / "crashes", SEEDED_S, SEEDED_RUNS, mode=jail.Mode.FULL, compare=False,
-        stop=True,
-    )  # fmt: skip
-    with campaign(plan) as fuzzing:
-        result = fuzzing.run(nothing)
-    assert bug.kind in [f.kind for f in result.findings]
+    result = campaign(
+        tmp_path, bug.device, bug=name, time_s=SEEDED_S, runs=SEEDED_RUNS, compare=False, stop=True
+    )
+    assert bug.kind in [kind for kind, _ in result.findings]
     print(f"\n{name:28} {bug.device:12} {bug.kind:10} {result.runs:>8,} inputs, {result.seconds:.1f} s")
