@@ -1,7 +1,7 @@
 """One campaign of `vmsup fuzz` in a process of its own: python -m integration.fuzz.small JSON.
 
-A device process begins as a copy of who starts the campaign, and RLIMIT_DATA counts what that one had: a pytest
-with thousands of tests has more than a device may.
+A device process begins as a copy of who starts the campaign, and RLIMIT_DATA counts what that one had: a
+pytest with thousands of tests has more than a device may.
 """
 
 from __future__ import annotations
