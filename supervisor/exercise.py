@@ -52,6 +52,8 @@ _PAUSE_S: Final = 0.1  # for deadlines that the accesses have set
 def exercise(device: str, say: Say, filters: Filters | None = None, watch: Watch | None = None) -> None:
     """Put `device` through a life that ends by Stop, and one that ends by an access to no register.
 
+    In the first its accesses come through the mailbox, in the second over the access channel.
+
     Args:
         device: a catalogue name.
         say: takes (device, line) for every line that the device logs.
@@ -69,9 +71,9 @@ def exercise(device: str, say: Say, filters: Filters | None = None, watch: Watch
         nursery = zygote.start([device], filters)
         undo.callback(os.waitpid, nursery.pid, 0)
         undo.callback(nursery.close)
-        for last_words in (_stop, _stray):
-            with _process(nursery, instance, say, watch) as life:
-                life.explained(last_words)
+        for live, transport in ((_stop, "mailbox"), (_stray, "socket")):
+            with _process(nursery, instance, transport, say, watch) as life:
+                life.explained(live)
 
 
 def _instance(entry: Entry) -> machine.Instance:
@@ -122,9 +124,12 @@ class _Life:
 
     def ask(self, message: wire.Message) -> wire.Message:
         self.proxy.control.send(message)
-        while isinstance(answer := self.proxy.control.recv(), wire.Log):
+        return self.hear()
+
+    def hear(self) -> wire.Message:
+        while isinstance(message := self.proxy.control.recv(), wire.Log):
             pass  # what it says of a driver as bad as this one
-        return answer
+        return message
 
     def read(self, space: int, offset: int, size: int) -> int:
         return self.core.read(self.proxy.index, space, offset, size)
@@ -204,9 +209,10 @@ def _stop(life: _Life) -> None:
 
 
 def _stray(life: _Life) -> None:
+    life.access(ACCESSES // 4)
     with contextlib.suppress(DeviceGone):
         life.core.read(life.proxy.index, Space.BAR5, 0, 1)
-    answer = life.proxy.control.recv()
+    answer = life.hear()
     if not isinstance(answer, wire.Failed):
         raise PeerError(f"{type(answer).__name__} instead of Failed")
     life.await_end(1)
@@ -214,7 +220,7 @@ def _stray(life: _Life) -> None:
 
 @contextlib.contextmanager
 def _process(
-    nursery: zygote.Zygote, instance: machine.Instance, say: Say, watch: Watch | None
+    nursery: zygote.Zygote, instance: machine.Instance, transport: str, say: Say, watch: Watch | None
 ) -> Iterator[_Life]:
     with contextlib.ExitStack() as undo:
         signals = {name: os.eventfd(0, os.EFD_NONBLOCK) for name in ("panic", "poweroff", "reset")}
@@ -247,7 +253,9 @@ def _process(
         fds = {d.name: (stand_ins[d.kind],) * count for d, count in own}
         opened = {instance.name: Opened(fds)}
         core = Core(round(_TIMEOUT_S * 1000))
-        spawner = Spawner(nursery, core, jail.Mode.FULL, _TIMEOUT_S, signals, memory.fd, opened, say)
+        spawner = Spawner(
+            nursery, core, jail.Mode.FULL, _TIMEOUT_S, signals, memory.fd, opened, say, transport=transport
+        )
         undo.callback(spawner.close)
         proxy = spawner.spawn(instance)
         undo.callback(_end, proxy)
