@@ -44,7 +44,7 @@ def without(entry: Entry, name: str) -> Policy:
 
 @pytest.fixture(scope="module")
 def small_process() -> Iterator[Executor]:
-    """For what forks: of pytest that takes ten times as long, and its data are more than a device may have."""
+    """For what forks: of pytest that takes ten times as long, and it has more data than a device may."""
     with ProcessPoolExecutor(1, get_context("spawn")) as executor:
         yield executor
 
