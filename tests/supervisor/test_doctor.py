@@ -110,11 +110,10 @@ def test_a_device_that_cannot_be_started_lacks_every_layer(monkeypatch):
     assert "seccomp" in report.lacking
 
 
+@pytest.mark.usefixtures("no_process_left")
 def test_examining_leaves_nothing_behind():
     """On this host, whatever it offers: no process, no descriptor, no change of ours."""
     before = (os.getcwd(), os.readlink("/proc/self/ns/user"), len(os.listdir("/proc/self/fd")))
     doctor._examine_jail()
     assert (os.getcwd(), os.readlink("/proc/self/ns/user"), len(os.listdir("/proc/self/fd"))) == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
     assert stat.S_ISDIR(os.stat("/proc/self").st_mode)  # the host's /proc is still mounted

@@ -55,7 +55,8 @@ def test_while_nothing_happens_there_is_no_news():
 
 
 def test_without_children_there_is_no_news():
-    assert reaper.collect(0) is None
+    pid = child(lambda: os._exit(reaper.collect(0) is not None))
+    assert os.waitpid(pid, 0) == (pid, 0)
 
 
 def test_a_dead_device_is_a_crash_with_its_name_and_cause():
