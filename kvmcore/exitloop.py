@@ -30,6 +30,14 @@ _GONE = {
 }
 
 
+_LOST = tuple(_GONE[cause] for cause in (lib.CAUSE_EOF, lib.CAUSE_SEND_FAILED, lib.CAUSE_RECEIVE_FAILED))
+
+
+def is_lost(cause: str) -> bool:
+    """Whether `DeviceGone.cause` says no more than that the connection is: as with any end of a process."""
+    return cause.startswith(_LOST)
+
+
 def _gone_text(cause: int, error: int) -> str:
     return f"{_GONE[cause]}: {os.strerror(error)}" if error else _GONE[cause]
 

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from kvmcore.exitloop import DeviceGone
+from kvmcore.exitloop import DeviceGone, is_lost
 from supervisor import ending, reaper
 from supervisor.ending import Ending
 from supervisor.host import Watched
@@ -263,7 +263,7 @@ class RunLoop:
 
     def _better_word(self, proxy: Proxy, first: DeviceDied) -> DeviceDied:
         """A lost connection is a symptom: wait a little for the reaper to say why."""
-        if proxy.reaped or first.cause != CLOSED:
+        if proxy.reaped or not (first.cause == CLOSED or is_lost(first.cause)):
             return first
         until_s = time.monotonic() + _LAST_WORDS_S
         while time.monotonic() < until_s:
