@@ -14,6 +14,7 @@ import fcntl
 import functools
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from integration.testbed.qemu import die_with
 
 REPORT_FD = 3
 TESTBED_TIMEOUT_S = 3600
+SILENCE_S = 700  # longer than any boot may take (vm.run)
 CRASHES_MAX = 2
 _REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest
 if _REPORTING:
@@ -47,8 +49,8 @@ def booted(record_property: Callable[[str, object], None]) -> Callable[[], None]
 class Testbed:
     """A pytest in the testbed that runs `nodeids`; its reports, in whatever order they come.
 
-    An emulated processor makes mistakes, and L1's own kernel may die of one (cli.EXIT_FAILED): what was not
-    run by then runs in another L1, and the summary says so.
+    An emulated processor makes mistakes, and L1's own kernel may die of one (cli.EXIT_FAILED) or do nothing
+    more: what was not run by then runs in another L1, and the summary says so.
 
     Attributes:
         crashes: how L1 died, each time.
@@ -64,14 +66,17 @@ class Testbed:
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The reports of `item`'s set-up, call and tear-down; one failure when the testbed ended before."""
         while not self._is_over(item.nodeid):
-            assert self._process.stdout is not None
-            line = self._process.stdout.readline()
+            line = self._line()
             if line:
                 self._take(json.loads(line))
                 continue
+            hangs = line is None
+            if hangs:
+                self._process.terminate()
             status = self._process.wait()
-            why = f"the testbed ended (exit status {status}) before this test did\n{self._last_output()}"
-            if status != cli.EXIT_FAILED or len(self.crashes) == CRASHES_MAX:
+            how = f"said nothing for {SILENCE_S} s" if hangs else f"ended (exit status {status})"
+            why = f"the testbed {how} before this test was over\n{self._last_output()}"
+            if not (hangs or status == cli.EXIT_FAILED) or len(self.crashes) == CRASHES_MAX:
                 return [*self._reports.get(item.nodeid, []), _report(item, "failed", why)]
             self.crashes.append(why)
             self.close()
@@ -83,6 +88,7 @@ class Testbed:
         left = [nodeid for nodeid in self._nodeids if not self._is_over(nodeid)]
         for nodeid in left:
             self._reports.pop(nodeid, None)
+        self._heard = b""
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         run = Path(__file__).parent / "testbed/run"
         far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *left]
@@ -93,12 +99,26 @@ class Testbed:
             env={**os.environ, "VMSUP_REPORTING": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            bufsize=0,
             stderr=self._output,
             preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509  no threads here
         )
         assert self._process.stdout is not None
         # Reports wait there until the unit tests are over.
         fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
+
+    def _line(self) -> bytes | None:
+        """The next line; nothing at the end, None when there is none for too long."""
+        assert self._process.stdout is not None
+        while b"\n" not in self._heard:
+            if not select.select([self._process.stdout], [], [], SILENCE_S)[0]:
+                return None
+            data = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not data:
+                return b""
+            self._heard += data
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line
 
     def _is_over(self, nodeid: str) -> bool:
         return any(report.when == "teardown" for report in self._reports.get(nodeid, []))
