@@ -28,8 +28,10 @@ from supervisor.recorder import Recorder
 from supervisor.verdicts import verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
-# The heap's, and those that depend on who of two processes is faster.
-BY_CHANCE = {"brk", "mmap", "munmap", "mremap", "write", "read", "futex"}
+# The heap's, and `write` to a log that may have had nothing to say: not made in every life.
+SOMETIMES = {"brk", "mmap", "munmap", "mremap", "write"}
+# Made only if the device has gone to sleep before the supervisor asks, or the other way round.
+BY_CHANCE = {"read", "futex"}
 
 
 @pytest.fixture
@@ -81,11 +83,12 @@ def test_a_policy_lacks_nothing_that_its_device_needs(
     with open(path) as records:
         lesson = learn(policy, records, entry.slots())
     assert str(lesson.lacking) == ""
-    assert lesson.calls > 1000
+    assert lesson.calls > 2000
     # What was proposed is a policy that does: the device lives with it too.
     proposal = parse(str(lesson.proposal), constants=entry.slots())
-    margin = [r for r in policy.rules if r.name in BY_CHANCE]
-    enough = Policy(device, (*(r for r in proposal.rules if r.name not in BY_CHANCE), *margin))
+    proposed = [r for r in proposal.rules if r.name not in BY_CHANCE]
+    lacking = (SOMETIMES | BY_CHANCE) - {r.name for r in proposed}
+    enough = Policy(device, (*proposed, *(r for r in policy.rules if r.name in lacking)))
     said += small_process.submit(heard_while_it_lives, device, enough).result()
     assert said == []
     with open(path) as records:
