@@ -83,7 +83,7 @@ def test_a_policy_lacks_nothing_that_its_device_needs(
     with open(path) as records:
         lesson = learn(policy, records, entry.slots())
     assert str(lesson.lacking) == ""
-    assert lesson.calls > 2000
+    assert lesson.calls > ACCESSES // 4  # those over the access channel; the mailbox needs none while both are awake
     # What was proposed is a policy that does: the device lives with it too.
     proposal = parse(str(lesson.proposal), constants=entry.slots())
     proposed = [r for r in proposal.rules if r.name not in BY_CHANCE]
