@@ -389,7 +389,10 @@ def _executable(process: _Process) -> Look:
 
 def _guest_memory(process: _Process) -> Look:
     def look() -> str:
-        found = process.mappings(lambda _, path: path.startswith("/memfd:guest-memory"))
+        # Any other memfd could be the guest's under another name.
+        found = process.mappings(
+            lambda _, path: path.startswith("/memfd:") and not path.startswith("/memfd:mailbox")
+        )
         return _NONE if found == _NONE else "mapped"
 
     return look

@@ -199,7 +199,7 @@ class _Launch:
                 host.watched,
                 config.device_timeout + max(i.entry.patience_s for i in instances),
                 nursery.pid,
-                core.drain,
+                core.drain if config.transport == "mailbox" else None,
             )
             threads = [
                 VcpuThread(

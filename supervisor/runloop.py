@@ -70,7 +70,7 @@ class RunLoop:
         resized: called when the terminal may have another size.
         watched: whatever else has descriptors.
         access_timeout_s: the longest a vCPU can be held by a device.
-        drain: to be called now and then; raises DeviceGone.
+        drain: takes coalesced writes to their devices, if there are any; raises DeviceGone.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class RunLoop:
         watched: Sequence[Watched],
         access_timeout_s: float,
         zygote_pid: int,
-        drain: Callable[[], None] = lambda: None,
+        drain: Callable[[], None] | None = None,
     ) -> None:
         self._signals = signals
         self.proxies = proxies
@@ -94,6 +94,7 @@ class RunLoop:
         self._access_timeout_s = access_timeout_s
         self._zygote_pid = zygote_pid
         self._drain_writes = drain
+        self._wait_ms = round(PING_EVERY_S * 500) if drain is None else _DRAIN_EVERY_MS
         self._vcpus: list[VcpuThread] = []
         self._wakeup, self._wakeup_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._ending: Ending | None = None
@@ -146,7 +147,7 @@ class RunLoop:
         for fd, (events, _) in actions.items():
             poll.register(fd, events)
         until_s = time.monotonic() + PING_EVERY_S / 2
-        while not (ready := dict(poll.poll(_DRAIN_EVERY_MS))) and time.monotonic() < until_s:
+        while not (ready := dict(poll.poll(self._wait_ms))) and time.monotonic() < until_s:
             self._take_coalesced()
         self._take_coalesced()
         # A panic or power-off that is followed by a reset counts as what it was.
@@ -166,6 +167,8 @@ class RunLoop:
             proxy.check_alive(now_s)
 
     def _take_coalesced(self) -> None:
+        if self._drain_writes is None:
+            return
         try:
             self._drain_writes()
         except DeviceGone as e:
