@@ -21,7 +21,7 @@ from policies.parse import load, parse
 from policies.policy import Policy
 from policies.verify import probes
 from supervisor import confine, policylab
-from supervisor.exercise import exercise
+from supervisor.exercise import ACCESSES, exercise
 from supervisor.policylab import judged
 from supervisor.reaper import DeviceDied
 from supervisor.recorder import Recorder
@@ -83,7 +83,8 @@ def test_a_policy_lacks_nothing_that_its_device_needs(
     with open(path) as records:
         lesson = learn(policy, records, entry.slots())
     assert str(lesson.lacking) == ""
-    assert lesson.calls > ACCESSES // 4  # those over the access channel; the mailbox needs none while both are awake
+    # Those over the access channel: the mailbox needs none while both sides are awake.
+    assert lesson.calls > ACCESSES // 4
     # What was proposed is a policy that does: the device lives with it too.
     proposal = parse(str(lesson.proposal), constants=entry.slots())
     proposed = [r for r in proposal.rules if r.name not in BY_CHANCE]
