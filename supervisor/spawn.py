@@ -59,7 +59,7 @@ class Spawner:
     opened: Mapping[str, Opened]
     say: Callable[[str, str], None]
     extra: Callable[[str, Entry, tuple[Scalar, ...]], int] | None = None
-    transport: str = "mailbox"
+    transport: str = "socket"
     eventfds: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     _count: int = 0
 
