@@ -8,16 +8,14 @@ configuration that changes, and more than one pair of queues of a card.
 
 from __future__ import annotations
 
-import os
 import select
-import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
 
-from devproc import jail, wire, zygote
-from kvmcore.errors import ConfigError, VmsupError
+from devproc import jail, zygote
+from kvmcore.errors import ConfigError
 from supervisor import errand, frontend, machine
 from supervisor.companion import Companion
 from supervisor.config import RunConfig
@@ -26,7 +24,7 @@ from supervisor.ending import Ending
 from supervisor.frontend import FrontEnd
 from supervisor.host import Host, Opened
 from supervisor.janitor import Janitor
-from supervisor.launch import Say, end_devices, end_zygote
+from supervisor.launch import Say, end_devices, end_zygote, step
 from supervisor.reaper import DeviceDied
 from supervisor.runloop import RunLoop, Signals
 from supervisor.worker import Worker
@@ -68,28 +66,30 @@ def serve(config: RunConfig, say: Say) -> Ending:
         mode = jail.Mode(config.jail)
         if mode is jail.Mode.NONE:
             say("WARNING: --no-jail: the device's process runs with all your rights, and so may a guest")
-        with _step("start the janitor"):
+        with step("start the janitor"):
             janitor = Janitor.start(mode)
             undo.callback(janitor.finish)
-        with _step("fork the zygote"):
+        with step("fork the zygote"):
             jail.adopt_orphans()
             undo.callback(jail.adopt_orphans, False)
             nursery = zygote.start([function.kind], mode=mode)
             undo.callback(end_zygote, nursery)
-        with _step("open what the device works on"):
+        with step("open what the device works on"):
             host = Host(undo, janitor, partial(say, level="info", event="console"))
             assert function.opens is not None or not function.params
             opened = function.opens(host) if function.opens is not None else Opened({})
-        with _step("start the device"):
+        with step("start the device"):
             worker = Worker(
                 nursery, function, opened, mode, config.device_timeout, undo,
                 lambda name, line: say(f"{name}: {line}", event="log", device=name),
             )  # fmt: skip
             undo.callback(end_devices, worker.proxies)
             offered = worker.features()
-        with _step("listen"):
-            listener = undo.enter_context(_listen(config.socket, janitor))
-        with _step("start the process for front ends"):
+        try:
+            listener = undo.enter_context(janitor.listen(config.socket))
+        except OSError as e:
+            raise ConfigError(f"--socket {config.socket}: {e.strerror or e}") from None
+        with step("start the process for front ends"):
             # The front end has a card's control queue, and the pairs of queues are then one.
             queues = 1 if config.net else rings(config)
             visible = offered & ~_CONTROL_QUEUE if config.net else offered
@@ -108,7 +108,7 @@ def serve(config: RunConfig, say: Say) -> Ending:
             )
             undo.callback(front.finish)
             listener.close()
-        with _step("prepare to serve"):
+        with step("prepare to serve"):
             signals = Signals()
             undo.callback(signals.close)
             errands = _Errands(front, worker, say)
@@ -116,7 +116,7 @@ def serve(config: RunConfig, say: Say) -> Ending:
                 signals, worker.proxies, (), None, lambda: None, [*host.watched, errands], 0, nursery.pid
             )
             errands.lost = partial(loop.device_gone, 0)
-        with _step("drop privileges"):
+        with step("drop privileges"):
             janitor.seal(say)
             front.seal(say)
             jail.drop_privileges()
@@ -150,31 +150,3 @@ class _Errands:
             if not self._worker.proxies or self._worker.proxies[0].reaped:
                 raise
             self.lost(e.cause)
-
-
-def _listen(path: str, janitor: Janitor) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(path)
-        listener.listen(1)
-        janitor.unlink(path)
-    except OSError as e:
-        listener.close()
-        raise ConfigError(f"--socket {path}: {e.strerror or e}") from None
-    finally:
-        os.umask(before)
-    return listener
-
-
-@contextmanager
-def _step(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise  # it names the user's own file or option
-    except (VmsupError, jail.JailError, wire.WireError, zygote.SpawnError) as e:
-        raise VmsupError(f"cannot {name}: {e}") from e
-    except OSError as e:
-        where = f"{e.filename}: " if e.filename else ""
-        raise VmsupError(f"cannot {name}: {where}{e.strerror or e}") from e

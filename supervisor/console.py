@@ -86,20 +86,14 @@ def _pair() -> tuple[int, socket.socket]:
 
 def _socket(path: str, janitor: Janitor) -> Console:
     """A unix stream socket: connected to if somebody listens at `path`, else made and listened on."""
-    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if os.path.lexists(path):
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         peer.connect(path)
         theirs, ours = _pair()
         return Console(theirs, os.dup(theirs), relay=SocketRelay(ours, None, peer))
-    before = os.umask(0o177)
-    try:
-        peer.bind(path)
-    finally:
-        os.umask(before)
-    peer.listen(1)  # at once: who waits for the path connects as soon as it is there
-    janitor.unlink(path)
+    listener = janitor.listen(path)
     theirs, ours = _pair()
-    return Console(theirs, os.dup(theirs), relay=SocketRelay(ours, peer))
+    return Console(theirs, os.dup(theirs), relay=SocketRelay(ours, listener))
 
 
 def _pty(where: str, link: str | None, janitor: Janitor) -> Console:

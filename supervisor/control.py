@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import socket
 import time
@@ -44,17 +43,11 @@ class ControlServer:
     def __init__(self, path: str, verbs: Mapping[str, Verb], janitor: Janitor) -> None:
         self._verbs = verbs
         self._clients: dict[int, tuple[socket.socket, bytearray]] = {}
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        before = os.umask(0o177)
         try:
-            self._listener.bind(path)
+            self._listener = janitor.listen(path, _CLIENTS_MAX)
         except OSError as e:
-            self._listener.close()
             raise ConfigError(f"--socket {path}: {e.strerror or e}") from None
-        finally:
-            os.umask(before)
-        self._listener.listen(_CLIENTS_MAX)
-        janitor.unlink(path)
+        self._listener.setblocking(False)
 
     def wants(self) -> dict[int, int]:
         """Descriptor -> poll events, for the run loop."""

@@ -56,11 +56,16 @@ class Exchange:
             ConfigError: nobody can listen there.
         """
         name = os.path.abspath(path)
+        if len(os.fsencode(name)) > PATH_MAX:
+            raise ConfigError(
+                f"--vsock: {path}: with a port it is longer than a socket's path may be,"
+                f" expected {PATH_MAX} bytes at most"
+            )
         try:
-            listener = _listen(name)
-            janitor.unlink(name)
+            listener = janitor.listen(name, socket.SOMAXCONN)
         except OSError as e:
             raise ConfigError(f"--vsock: {path}: {e.strerror or e}") from None
+        listener.setblocking(False)
         device, its_device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         device.setblocking(False)
         with its_device, listener:
@@ -84,25 +89,6 @@ class Exchange:
         """Let it end, and wait until it has."""
         self.device.close()
         self._process.finish()
-
-
-def _listen(path: str) -> socket.socket:
-    if len(os.fsencode(path)) > PATH_MAX:
-        raise OSError(
-            f"with a port it is longer than a socket's path may be, expected {PATH_MAX} bytes at most"
-        )
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(path)
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(before)
-    listener.listen()
-    listener.setblocking(False)
-    return listener
 
 
 def _serve(

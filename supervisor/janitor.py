@@ -47,6 +47,25 @@ class Janitor:
         self._sock.send(b"U%d %d %s" % (st.st_dev, st.st_ino, os.fsencode(os.path.abspath(path))))
         self._sock.recv(1)
 
+    def listen(self, path: str, backlog: int = 1) -> socket.socket:
+        """A unix stream socket at `path`, for this user alone; the path will be removed.
+
+        Raises:
+            OSError: nobody can listen there.
+        """
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            listener.bind(path)
+            listener.listen(backlog)  # at once: who waits for the path connects as soon as it is there
+            self.unlink(path)
+        except OSError:
+            listener.close()
+            raise
+        finally:
+            os.umask(before)
+        return listener
+
     def seal(self, warn: Callable[[str], None]) -> None:
         """It remembers nothing more, and has given up all rights but that of doing what it was told.
 

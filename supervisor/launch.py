@@ -66,6 +66,24 @@ def launch(config: RunConfig, say: Say) -> Ending:
         return _Launch(config, say, undo).run()
 
 
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """One step of a start: its name begins an error's text.
+
+    Raises:
+        VmsupError: whatever went wrong, unless it is in the user's own words already.
+    """
+    try:
+        yield
+    except (ConfigError, PolicyError):
+        raise  # it names the user's own file or option
+    except (VmsupError, jail.JailError, wire.WireError, zygote.SpawnError) as e:
+        raise VmsupError(f"cannot {name}: {e}") from e
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        raise VmsupError(f"cannot {name}: {where}{e.strerror or e}") from e
+
+
 class _Launch:
     """The start of one VM; what must be undone is on `undo`, in the opposite order."""
 
@@ -236,16 +254,9 @@ class _Launch:
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
-        """One step of the start: its name begins an error's text; --verbose says when it was done."""
-        try:
+        """`step`; --verbose says when it was done."""
+        with step(name):
             yield
-        except (ConfigError, PolicyError):
-            raise  # it names the user's own file or option
-        except (VmsupError, jail.JailError, wire.WireError, zygote.SpawnError) as e:
-            raise VmsupError(f"cannot {name}: {e}") from e
-        except OSError as e:
-            where = f"{e.filename}: " if e.filename else ""
-            raise VmsupError(f"cannot {name}: {where}{e.strerror or e}") from e
         if self.config.verbose:
             done_ms = (time.monotonic_ns() - self.began_ns) / 1e6
             self.say(f"{done_ms:8.1f} ms: {name}: done", level="info", event="step")
