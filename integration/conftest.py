@@ -1,16 +1,15 @@
 """Where tests marked `linux` run, and how many guests booted on which KVM.
 
 Stock kernels need hardware virtualization.  On a machine without it, all `linux` tests of a session run in
-one testbed machine, by a second pytest there whose reports are replayed here as they come: the same command,
-summary and exit status everywhere.  Reports are JSON lines on that pytest's descriptor REPORT_FD.
+one testbed machine, by a second pytest there whose reports are replayed here: the same command, summary and
+exit status everywhere.  Reports are JSON lines on that pytest's descriptor REPORT_FD.
 
-Tests that are sensitive to a busy machine come first, alone; then the testbed starts, and what it leaves of
-the processors goes to the unit tests.
+The testbed takes most of the time and one processor, so it starts first, and all other tests run beside it.
+Some of those measure how long something takes: they have the processors before the testbed does.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
@@ -33,6 +32,7 @@ REPORT_FD = 3
 TESTBED_TIMEOUT_S = 3600
 SILENCE_S = 700  # longer than any boot may take (vm.run)
 CRASHES_MAX = 2
+NICE = 10
 _REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest
 if _REPORTING:
     os.set_inheritable(REPORT_FD, False)
@@ -61,27 +61,42 @@ class Testbed:
         self._config = config
         self._nodeids = nodeids
         self._reports: dict[str, list[pytest.TestReport]] = {}
+        self._end = ""  # why no more reports come
         self._begin()
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The reports of `item`'s set-up, call and tear-down; one failure when the testbed ended before."""
-        while not self._is_over(item.nodeid):
-            line = self._line()
-            if line:
+        while not (self._is_over(item.nodeid) or self._end):
+            self.listen(SILENCE_S)
+        reports = self._reports.get(item.nodeid, [])
+        if self._is_over(item.nodeid):
+            return reports
+        return [*reports, _report(item, "failed", f"the testbed {self._end}\nbefore this test was over")]
+
+    def listen(self, patience_s: float = 0) -> None:
+        """Take the reports that have come, or within `patience_s` (s) will; without any by then it hangs."""
+        assert self._process.stdout is not None
+        if self._end:
+            return
+        if not select.select([self._process.stdout], [], [], patience_s)[0]:
+            if patience_s:
+                self._has_ended(f"said nothing for {patience_s} s", again=True)
+        elif data := os.read(self._process.stdout.fileno(), 1 << 16):
+            *lines, self._heard = (self._heard + data).split(b"\n")
+            for line in lines:
                 self._take(json.loads(line))
-                continue
-            hangs = line is None
-            if hangs:
-                self._process.terminate()
+        else:
             status = self._process.wait()
-            how = f"said nothing for {SILENCE_S} s" if hangs else f"ended (exit status {status})"
-            why = f"the testbed {how} before this test was over\n{self._last_output()}"
-            if not (hangs or status == cli.EXIT_FAILED) or len(self.crashes) == CRASHES_MAX:
-                return [*self._reports.get(item.nodeid, []), _report(item, "failed", why)]
+            self._has_ended(f"ended (exit status {status})", again=status == cli.EXIT_FAILED)
+
+    def _has_ended(self, how: str, again: bool) -> None:
+        why = f"{how}\n{self._last_output()}"
+        if again and len(self.crashes) < CRASHES_MAX:
             self.crashes.append(why)
             self.close()
             self._begin()
-        return self._reports[item.nodeid]
+        else:
+            self._end = why
 
     def _begin(self) -> None:
         """Start the testbed with what has not been run to its end."""
@@ -101,24 +116,8 @@ class Testbed:
             stdout=subprocess.PIPE,
             bufsize=0,
             stderr=self._output,
-            preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509  no threads here
+            preexec_fn=functools.partial(_subordinate, os.getpid()),  # noqa: PLW1509  no threads here
         )
-        assert self._process.stdout is not None
-        # Reports wait there until the unit tests are over.
-        fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
-
-    def _line(self) -> bytes | None:
-        """The next line; nothing at the end, None when there is none for too long."""
-        assert self._process.stdout is not None
-        while b"\n" not in self._heard:
-            if not select.select([self._process.stdout], [], [], SILENCE_S)[0]:
-                return None
-            data = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not data:
-                return b""
-            self._heard += data
-        line, _, self._heard = self._heard.partition(b"\n")
-        return line
 
     def _is_over(self, nodeid: str) -> bool:
         return any(report.when == "teardown" for report in self._reports.get(nodeid, []))
@@ -142,6 +141,11 @@ class Testbed:
         self._output.close()
 
 
+def _subordinate(parent: int) -> None:
+    os.nice(NICE)
+    die_with(parent)
+
+
 class Unavailable:
     """In place of a testbed that cannot be had: everything is skipped, with the reason."""
 
@@ -151,6 +155,9 @@ class Unavailable:
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         return [_report(item, "skipped", (str(item.path), item.location[1], f"Skipped: {self._reason}"))]
+
+    def listen(self, patience_s: float = 0) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -180,24 +187,19 @@ def _start(session: pytest.Session) -> Testbed | Unavailable:
     return Testbed(session.config, [item.nodeid for item in session.items if _runs_elsewhere(item)])
 
 
-def _turn(item: pytest.Item) -> int:
-    if _runs_elsewhere(item):
-        return 2
-    return 0 if item.path.is_relative_to(Path(__file__).parent) else 1
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_turn)
+    items.sort(key=_runs_elsewhere)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     stash = item.config.stash
-    if _turn(item) > 0 and _testbed not in stash and any(map(_runs_elsewhere, item.session.items)):
+    if _testbed not in stash and any(map(_runs_elsewhere, item.session.items)):
         stash[_testbed] = _start(item.session)
-        os.nice(10)
     if not _runs_elsewhere(item):
+        if _testbed in stash:
+            stash[_testbed].listen()  # it is to be started again early, should it have died
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in stash[_testbed].reports(item):
