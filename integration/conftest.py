@@ -38,6 +38,7 @@ if _REPORTING:
     os.set_inheritable(REPORT_FD, False)
 
 _BOOTED = "booted on"
+_RERUN = "rerun"  # the outcome of a report, by pytest-rerunfailures
 
 
 @pytest.fixture
@@ -49,8 +50,9 @@ def booted(record_property: Callable[[str, object], None]) -> Callable[[], None]
 class Testbed:
     """A pytest in the testbed that runs `nodeids`; its reports, in whatever order they come.
 
-    An emulated processor makes mistakes, and L1's own kernel may die of one (cli.EXIT_FAILED) or do nothing
-    more: what was not run by then runs in another L1, and the summary says so.
+    An emulated processor makes mistakes.  L1's own kernel may die of one (cli.EXIT_FAILED) or do nothing
+    more: what was not run by then runs in another L1.  A guest may, too: a test that fails runs a second
+    time.  The summary says both.
 
     Attributes:
         crashes: how L1 died, each time.
@@ -106,7 +108,7 @@ class Testbed:
         self._heard = b""
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         run = Path(__file__).parent / "testbed/run"
-        far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *left]
+        far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--reruns", "1", *left]
         shell = ["sh", "-c", f'exec {REPORT_FD}>&1 >&2 "$@"', "sh", *far]
         self._process = subprocess.Popen(
             [run, "--timeout", str(TESTBED_TIMEOUT_S), "--", *shell],
@@ -120,7 +122,9 @@ class Testbed:
         )
 
     def _is_over(self, nodeid: str) -> bool:
-        return any(report.when == "teardown" for report in self._reports.get(nodeid, []))
+        reports = self._reports.get(nodeid, [])
+        reruns = sum(report.outcome == _RERUN for report in reports)
+        return any(report.when == "teardown" and report.rerun == reruns for report in reports)
 
     def _take(self, data: dict[str, object]) -> None:
         report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
@@ -243,6 +247,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{count} on {where}")
     if not kvms:
         terminalreporter.write_line("none")
+    for report in terminalreporter.stats.get(_RERUN, []):
+        terminalreporter.write_line(f"{report.nodeid} ran again: {report.longreprtext}")
     if (testbed := config.stash.get(_testbed, None)) is not None:
         for why in testbed.crashes:
-            terminalreporter.write_line(f"L1 died and was started again: {why}")
+            terminalreporter.write_line(f"L1 {why}\nand was started again")
