@@ -2,7 +2,7 @@
 # make demo    a stock Debian kernel, every device in its own jail
 # make debian  Debian's userland on a disk, with a network and a shared directory, as an ordinary user
 # make test    everything; stock kernels boot in the testbed where this machine's /dev/kvm cannot
-# make bench   what it costs, against C baselines and QEMU; raw data in build/bench.json
+# make bench   what it costs, against C baselines and QEMU; raw data and a plot in build/
 # make fuzz    the wire and the C core, FUZZ_S seconds each, from and into tests/regressions
 # make clean   removes what was built in the tree, not the kernels
 
@@ -41,7 +41,7 @@ test: setup
 
 bench: setup
 	@mkdir -p build
-	$(BIN)/python -m integration.bench --raw build/bench.json
+	$(BIN)/python -m integration.bench --raw build/bench.json --plot build/bench.svg
 
 fuzz: PACKAGES += $(FUZZ_PACKAGES)
 fuzz: $(BIN)/.ready packages

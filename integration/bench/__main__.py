@@ -1,6 +1,6 @@
-"""Every benchmark, or those named: a table, what was measured as JSON, and 1 as exit status for a miss.
+"""Every benchmark, or those named: a table, a plot, what was measured as JSON, and exit status 1 for a miss.
 
-    python -m integration.bench [--raw FILE] [NAME...]
+    python -m integration.bench [--raw FILE] [--plot FILE] [NAME...]
 
 A benchmark is a module here with a `results()`.  Those that boot stock kernels run in one testbed where the
 local /dev/kvm cannot; their ratios are of that machine then.
@@ -45,9 +45,18 @@ def in_testbed(names: list[str]) -> list[report.Result]:
         return report.load(raw)
 
 
+def draw(path: Path, results: list[report.Result]) -> None:
+    """The plot at `path`, or why there is none."""
+    try:
+        report.plot(path, machine(), results)
+    except ImportError:
+        print("no plot: there is no matplotlib (pip install 'vmsup[bench]')")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m integration.bench", description=__doc__)
     parser.add_argument("--raw", type=Path, metavar="FILE", help="where what was measured goes, as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="where the plot goes, PNG or SVG")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join([*TINY, *STOCK]))
     options = parser.parse_args()
     names = options.names or [*TINY, *STOCK]
@@ -64,6 +73,8 @@ def main() -> int:
     print(report.table(results))
     if options.raw:
         report.save(options.raw, machine(), results)
+    if options.plot:
+        draw(options.plot, results)
     return any(not r.passed for r in results)
 
 

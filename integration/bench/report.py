@@ -1,4 +1,4 @@
-"""What benchmarks find: figures and what they are held to, as a table, or with the raw data as JSON."""
+"""What benchmarks find: figures and what they are held to, as a table, a plot, and with raw data as JSON."""
 
 from __future__ import annotations
 
@@ -56,6 +56,14 @@ class Result:
     def passed(self) -> bool:
         return self.value <= self.target if self.better == "lower" else self.value >= self.target
 
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """The least, `value` and the greatest in shares of the target: 1 just passes, less is better."""
+        low, high = self.spread
+        if self.better == "lower":
+            return low / self.target, self.value / self.target, high / self.target
+        return self.target / high, self.target / self.value, self.target / low
+
 
 def table(results: Sequence[Result]) -> str:
     """A line for each."""
@@ -73,6 +81,32 @@ def table(results: Sequence[Result]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def plot(path: Path, machine: str, results: Sequence[Result]) -> None:
+    """A row for each: the median between the rounds' extremes, beside its target; PNG or SVG by the suffix.
+
+    Raises:
+        ImportError: there is no matplotlib.
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415  optional
+
+    figure = Figure(figsize=(10, 1.5 + 0.3 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for row, r in enumerate(results):
+        low, middle, high = r.shares
+        colour = "tab:green" if r.passed else "tab:red"
+        axes.plot((low, high), (row, row), color=colour, linewidth=2)
+        axes.plot(middle, row, "o", color=colour)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(results)), [r.name for r in results])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("share of the target: left of 1 passes")
+    axes.set_title(machine, fontsize="small")
+    figure.savefig(path)
 
 
 def save(path: Path, machine: str, results: Iterable[Result]) -> None:
