@@ -23,6 +23,8 @@ from devproc.wire import Scalar
 
 FOUND: Final = {"crash": 77, "oom": 71, "timeout": 70}
 """libFuzzer's exit code by the sort of finding, the worst first."""
+COMPARED: Final = ("disagree", "transport")
+"""Kinds that show only where a device is compared with another process of it."""
 _SORTS: Final = {"hang": "timeout", "growth": "oom"}
 _TEXT_MAX: Final = 1000
 _FRAMES_MAX: Final = 20
@@ -36,7 +38,7 @@ class Finding:
     """What is wrong with an input.
 
     Attributes:
-        kind: the oracle, of those in devproc/fuzz/bench.py, or "hang", "died", "violation", "disagree".
+        kind: the oracle, as devproc/fuzz/finding.py has them.
         why: one line.
         frames: "module:line function", the innermost first.
         key: the same for what is the same.
@@ -136,7 +138,7 @@ def minimised(data: bytes, finding: Finding, verdicts: Verdicts) -> bytes:
 
     An input that does not show it when it is tried again stays as it is.
     """
-    batch = 1 if finding.kind in ("hang", "died", "violation", "disagree") else 64
+    batch = 1 if finding.kind in ("hang", "died", "violation", *COMPARED) else 64
     tries = _SLOW_TRIES if batch == 1 else 100_000
 
     def first(candidates: list[bytes]) -> bytes | None:

@@ -31,7 +31,7 @@ from devproc.fuzz.inputs import RECORD, InputError, Rep, canonical, default_para
 from devproc.fuzz.page import INPUT_MAX
 from devproc.wire import PeerError, Ping, Pong, Scalar
 from kvmcore.errors import ConfigError
-from supervisor.findings import FOUND, Finding, Findings, Verdicts
+from supervisor.findings import COMPARED, FOUND, Finding, Findings, Verdicts
 from supervisor.fuzzoptions import HANG_S
 from supervisor.rehearse import Rehearsal
 from supervisor.subject import Died, Subject
@@ -454,12 +454,9 @@ class Campaign:
 
     def _compare(self, data: bytes) -> None:
         try:
-            why = self.compare(data) if data else None
+            self.report(self.compare(data) if data else None, data)
         except Died as death:
             self._bury(self.judge, death)
-            return
-        if why is not None:
-            self.report(Finding.of("disagree", why), data)
 
     def _bury(self, worker: Worker, death: Died) -> None:
         """An executor died of the input in its page."""
@@ -473,15 +470,20 @@ class Campaign:
         else:
             self.report(Finding.of(death.kind, death.why), data)
 
-    def compare(self, data: bytes) -> str | None:
-        """How the device behind the real wire differs from the bench, in a line; None: it does not."""
+    def compare(self, data: bytes) -> Finding | None:
+        """How the device behind the real wire differs from the bench; None: it does not.  Raises Died."""
         if self._rehearsal is None:
             return None
         answer = self.judge.do({"mode": "trace", "input": data.hex(), **_START})
         if "steps" not in answer:
             return None  # an oracle's finding, which is reported as such
         self.result.compared += 1
-        return self._rehearsal.differs(Rep(self.entry.name, data, self.params), answer["steps"])
+        rep = Rep(self.entry.name, data, self.params)
+        for kind, mailbox in (("disagree", False), ("transport", True)):
+            why = self._rehearsal.differs(rep, answer["steps"], mailbox=mailbox)
+            if why is not None:
+                return Finding.of(kind, why)
+        return None
 
     def report(self, finding: Finding | None, data: bytes) -> None:
         """Keep what is wrong with an input, unless it is nothing or known."""
@@ -507,17 +509,16 @@ class Campaign:
 
     def verdicts_of(self, finding: Finding) -> Verdicts:
         """What can show `finding` again."""
-        return self._disagreements if finding.kind == "disagree" else self.verdicts
+        return self._disagreements if finding.kind in COMPARED else self.verdicts
 
     def _disagreements(self, inputs: Sequence[bytes]) -> list[Finding | None]:
         found: list[Finding | None] = []
         for data in inputs:
             try:
-                why = self.compare(data)
+                found.append(self.compare(data))
             except Died:
                 self.judge.again()
-                why = None
-            found.append(None if why is None else Finding.of("disagree", why))
+                found.append(None)
         return found
 
     def verdict(self, data: bytes) -> Finding | None:
@@ -525,11 +526,10 @@ class Campaign:
         finding = self._judged(data)
         if finding is None:
             try:
-                why = self.compare(data)
+                finding = self.compare(data)
             except Died as death:
                 self.judge.again()
                 return Finding.of(death.kind, death.why)
-            finding = None if why is None else Finding.of("disagree", why)
         return finding
 
     def _judged(self, data: bytes) -> Finding | None:

@@ -15,7 +15,7 @@ from devproc import jail, zygote
 from devproc.catalog import Entry
 from devproc.channel import ChannelClosed
 from devproc.fuzz.inputs import REPEATS_MAX, Op, Record, Rep, records
-from devproc.wire import Done, PeerError, Ping, Pong, Read, Restore, Save, State, Value, Write
+from devproc.wire import Done, PeerError, Ping, Pong, Restore, Save, State
 from supervisor.subject import Died, Subject
 
 _TURNS: Final = 3  # of its loop after an operation: see above
@@ -36,13 +36,15 @@ class Rehearsal:
         self._mode = mode
         self._number = number
 
-    def differs(self, rep: Rep, steps: Sequence[Any]) -> str | None:
+    def differs(self, rep: Rep, steps: Sequence[Any], *, mailbox: bool = False) -> str | None:
         """How the process differs from `steps`, each [value, [[signal, count]...], hex]; None: it does not.
 
-        Nothing is compared from the first operation on that only a bench can do (`room`).
+        `mailbox`: accesses go through its mailbox, and not over its access channel.  Nothing is compared from
+        the first operation on that only a bench can do (`room`).
         """
         clocks = (rep.clock_ns, rep.wall_ns)
-        with Subject(self._nursery, self._entry, self._mode, rep.params, self._number, clocks) as subject:
+        made = Subject(self._nursery, self._entry, self._mode, rep.params, self._number, clocks, mailbox)
+        with made as subject:
             one = _Run(subject, rep)
             try:
                 for number, record in enumerate(records(rep.data)):
@@ -118,14 +120,9 @@ class _Run:
         return [value, raised, sent.hex()]
 
     def _access(self, r: Record) -> int | None:
-        channel = self._subject.access
         if r.op == Op.READ:
-            channel.send(Read(r.space, r.offset, r.size))
-            answer = channel.recv()
-            assert isinstance(answer, Value)  # by the table
-            return answer.data
-        channel.send(Write(r.space, r.offset, r.size, r.data, False))
-        assert isinstance(channel.recv(), Done)
+            return self._subject.read(r.space, r.offset, r.size)
+        self._subject.write(r.space, r.offset, r.size, r.data)
         return None
 
     def _save(self) -> None:

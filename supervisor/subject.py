@@ -9,14 +9,16 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from typing import Final, Self
 
 from devproc import jail, violations, wire, zygote
 from devproc.catalog import MEMORY_PARAMS, Entry
 from devproc.channel import Channel, ChannelClosed
 from devproc.fuzz import page
-from devproc.wire import ACCESS_TABLE, PeerError, Sender
+from devproc.wire import ACCESS_TABLE, Done, PeerError, Read, Sender, Value, Write
 from kvmcore.errors import VmsupError
+from kvmcore.exitloop import Core, DeviceGone, is_lost
 from kvmcore.mailbox import Mailbox
 from policies.syscalls import NAMES
 from supervisor.reaper import cause
@@ -49,10 +51,10 @@ class Subject:
         params: the values of its parameters.
         number: which host uid it gets as root; unlike those of others that live.
         clocks: what the clocks of a rehearsal show at first, monotonic and wall, in nanoseconds.
+        mailbox: whether `read` and `write` go through its mailbox, and not over its access channel.
 
     Attributes:
         page: what it shares with us.
-        access: the supervisor's end of the access channel, for a rehearsal.
         signals: our eventfds, in the order of `inputs.signals`.
         typed, shown: the pipes of its input and its output, ours to write and to read; -1 without.
 
@@ -68,14 +70,17 @@ class Subject:
         params: tuple[wire.Scalar, ...],
         number: int,
         clocks: tuple[int, int] = (0, 0),
+        mailbox: bool = False,
     ) -> None:
         self._undo = contextlib.ExitStack()
         self._listener: int | None = None
+        self._core: Core | None = None
+        self._index = 0
         self.pid = 0
         self.signals: list[int] = []
         self.typed = self.shown = -1
         try:
-            self._start(nursery, entry, mode, params, number, clocks)
+            self._start(nursery, entry, mode, params, number, clocks, mailbox)
         except BaseException:
             self.close()
             raise
@@ -88,6 +93,7 @@ class Subject:
         params: tuple[wire.Scalar, ...],
         number: int,
         clocks: tuple[int, int],
+        through_mailbox: bool,
     ) -> None:
         undo = self._undo
         access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -104,6 +110,9 @@ class Subject:
         for d, numbers in entry.own_slots():
             for _ in numbers:
                 fds.append(self._descriptor(d.kind, theirs, memory))
+        if through_mailbox:
+            self._core = Core(round(_READY_WITHIN_S * 1000))
+            self._index = self._core.add_device(access.fileno(), mailbox=mailbox)
         memfd = page.create()
         theirs.append(memfd)
         self.page = page.Page(memfd)
@@ -121,10 +130,11 @@ class Subject:
                 os.close(fd)
             its_access.close()
             its_control.close()
-        self.access = Channel(access, ACCESS_TABLE, "idle", Sender.SUPERVISOR, Sender.DEVICE)
+        self._access = Channel(access, ACCESS_TABLE, "idle", Sender.SUPERVISOR, Sender.DEVICE)
         self.control = zygote.control_channel(control)
         control.settimeout(_READY_WITHIN_S)
-        access.settimeout(_READY_WITHIN_S)
+        if self._core is None:
+            access.settimeout(_READY_WITHIN_S)
         try:
             self._listener = zygote.await_ready(self.control, entry.name, mode).listener
         except (zygote.SpawnError, PeerError, ChannelClosed, TimeoutError) as e:
@@ -162,6 +172,30 @@ class Subject:
         """Descriptors of which one is readable when it has answered, has died, or does what it may not."""
         listener = [] if self._listener is None else [self._listener]
         return [self.control.fileno(), *listener]
+
+    def read(self, space: int, offset: int, size: int) -> int:
+        """What a register reads as.
+
+        Raises:
+            ChannelClosed, TimeoutError: it is dead or does not answer: `autopsy` says why.
+            PeerError: it broke the protocol.
+        """
+        if self._core is not None:
+            with _gone():
+                return self._core.read(self._index, space, offset, size)
+        self._access.send(Read(space, offset, size))
+        answer = self._access.recv()
+        assert isinstance(answer, Value)  # by the table
+        return answer.data
+
+    def write(self, space: int, offset: int, size: int, data: int) -> None:
+        """Write a register; it has taken effect on return.  Raises as `read`."""
+        if self._core is not None:
+            with _gone():
+                self._core.write(self._index, space, offset, size, data, posted=False)
+            return
+        self._access.send(Write(space, offset, size, data, False))
+        assert isinstance(self._access.recv(), Done)
 
     def cpu_ns(self) -> int:
         """CPU time that the process has used; a busy machine does not make it slower by this clock."""
@@ -211,6 +245,16 @@ class Subject:
             os.close(self._listener)
             self._listener = None
         self._undo.close()
+
+
+@contextlib.contextmanager
+def _gone() -> Iterator[None]:
+    try:
+        yield
+    except DeviceGone as e:
+        if is_lost(e.cause):
+            raise ChannelClosed from None
+        raise PeerError(e.cause) from None
 
 
 def _stand_in(kind: str, memory: int) -> int:

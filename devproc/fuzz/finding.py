@@ -18,8 +18,13 @@ Of a driver (guest.py):
     reset       a reset device does not read 0, or is not as a new one, or begins where it was
     bar         what BAR 0 says of its size is no size, or less than what the device has in it
 
-Of a process (supervisor/fuzz.py): hang, died, violation (a system call its policy forbids), disagree (behind
-the real wire it does something else).
+Of a process (supervisor/fuzz.py):
+
+    hang        an input takes too long
+    died        the process has ended
+    violation   a system call that its policy forbids
+    disagree    behind the real wire, over its access channel, it does something else than on the bench
+    transport   through its mailbox it does something else than over its access channel
 """
 
 from __future__ import annotations

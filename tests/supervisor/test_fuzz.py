@@ -16,6 +16,8 @@ from devproc import jail
 from devproc.catalog import CATALOG
 from devproc.fuzz import instrument
 from devproc.fuzz.inputs import RECORD, Op, Record, Rep, default_params, encode, parse, records, to_text
+from devproc.mailbox import Mailbox
+from devproc.ports import Device
 from integration.fuzz.seeded import BUGS, Bug, plant, plant_bug
 from kvmcore.errors import ConfigError
 from supervisor import fuzzcluster, fuzzreport
@@ -178,6 +180,24 @@ def test_a_device_that_differs_behind_the_wire_is_a_finding(
     assert result.findings[0].why.startswith("operation 0, read 0x")
     (record,) = records((plan.crashes / result.findings[0].name / "input").read_bytes())
     assert record.offset <= 4 < record.offset + record.size
+
+
+def test_what_differs_through_the_mailbox_alone_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(mailbox: Mailbox, device: Device, most: int) -> int:
+        def write(space: int, offset: int, size: int, data: int) -> None:
+            device.write(space, offset, size, data & 0xFE)
+
+        return mailbox._end.serve(device.read, write, most) or 0
+
+    monkeypatch.setattr(Mailbox, "serve", serve)
+    data = encode([Record(Op.WRITE, size=1, offset=1, data=1), Record(Op.READ, size=1, offset=1)])
+    with Campaign(Plan("i8042", crashes=tmp_path, mode=jail.Mode.NONE), nothing) as campaign:
+        campaign.report(campaign.verdict(data), data)
+        (finding,) = campaign.result.findings
+    assert finding.kind == "transport"
+    assert "in its process, " in finding.why
 
 
 def test_a_device_that_dies_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
