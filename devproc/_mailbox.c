@@ -86,10 +86,9 @@ static bool is_request(const End *end)
     return atomic_load(&end->page->posted) != end->done;
 }
 
-static void answer(End *end, uint64_t value)
+static void finish(End *end)
 {
     struct mailbox *page = end->page;
-    atomic_store_explicit(&page->value, value, memory_order_relaxed);
     atomic_store(&page->done, ++end->done);
     if (atomic_load(&page->wanted) == end->done)
         syscall(SYS_futex, &page->done, FUTEX_WAKE, 1, NULL, NULL, 0);
@@ -168,7 +167,9 @@ static PyObject *end_serve(End *end, PyObject *const *args, Py_ssize_t n)
             return NULL;
         if (atomic_load(&end->page->posted) == end->done + 1 && !show(end))
             return NULL;
-        answer(end, value);
+        if (r.tag == TAG_READ) /* the last one's value stays while posted writes follow it */
+            atomic_store_explicit(&end->page->value, value, memory_order_relaxed);
+        finish(end);
     }
     return PyLong_FromLong(served);
 }

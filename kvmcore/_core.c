@@ -7,9 +7,9 @@
  * neither is used as an index or a length before it was checked.  The loop allocates nothing, and every
  * wait in it but KVM_RUN ends at the deadline of the device that is waited for.
  *
- * Locks, never two at once: core.table_lock for one look-up; device.lock for one transaction;
- * vcpu.kick_lock around entering and leaving core_vcpu_run.  Only core.ring_lock is held around others, the first
- * two: while what the ring holds is posted. */
+ * Locks, never two at once: core.table_lock for one look-up; device.lock for one transaction; vcpu.kick_lock
+ * around entering and leaving core_vcpu_run.  But core.ring_lock is held around the first two while what the ring
+ * holds is posted, and device.slot_lock within any of them while a request is put into a mailbox. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -45,7 +45,8 @@
 
 /* One device process: the supervisor's end of its access channel. */
 struct device {
-    pthread_mutex_t lock;    /* held from a request to its reply */
+    pthread_mutex_t lock;    /* held from a request to its reply, or to room for it in the mailbox */
+    pthread_mutex_t slot_lock; /* held while a request is put into the mailbox, and never while waiting */
     int fd;                  /* SOCK_SEQPACKET */
     uint64_t deadline_ns;    /* how long it may hold up one access */
     struct mailbox *mailbox; /* NULL: requests go over `fd` */
@@ -256,10 +257,11 @@ static uint32_t mailbox_await(struct device *d, uint32_t wanted, uint64_t deadli
     bool spins = atomic_load(&m->device_cpu) != (uint32_t)sched_getcpu(), asked = false;
     uint64_t spin_until_ns = spins ? now_ns() + MAILBOX_SPIN_NS : 0;
     for (;;) {
-        uint32_t done = atomic_load(&m->done), gone = atomic_load(&d->gone);
+        /* Both counts may grow meanwhile. */
+        uint32_t least = d->posted - MAILBOX_RING, done = atomic_load(&m->done), gone = atomic_load(&d->gone);
         if (gone)
             return gone;
-        if (d->posted - done > MAILBOX_RING)
+        if (done - least > d->posted - least)
             return device_die(d, GONE(CAUSE_BAD_REPLY, 0));
         if ((int32_t)(done - wanted) >= 0)
             return CAUSE_NONE;
@@ -282,30 +284,39 @@ static uint32_t mailbox_await(struct device *d, uint32_t wanted, uint64_t deadli
     }
 }
 
+/* Puts a request into the mailbox, as `number`; false if there is no room. */
+static bool mailbox_put(struct device *d, const struct mailbox_request *r, uint32_t *number)
+{
+    struct mailbox *m = d->mailbox;
+    pthread_mutex_lock(&d->slot_lock);
+    bool fits = d->posted - atomic_load(&m->done) < MAILBOX_RING;
+    if (fits) {
+        m->ring[d->posted % MAILBOX_RING] = *r;
+        atomic_store_explicit(&m->vcpu_cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
+        *number = d->posted + 1;
+        d->posted = *number; /* first: no shadow is taken that the device, seeing the other, has not made right */
+        atomic_store(&m->posted, *number);
+    }
+    pthread_mutex_unlock(&d->slot_lock);
+    if (fits && atomic_load(&m->asleep)) {
+        atomic_store(&m->asleep, 0);
+        if (write(d->bell, &(uint64_t){1}, sizeof(uint64_t)) < 0 && errno != EAGAIN) /* EAGAIN: it rings already */
+            device_die(d, GONE(CAUSE_SEND_FAILED, errno));
+    }
+    return fits;
+}
+
 static uint32_t mailbox_transact(struct device *d, const struct mailbox_request *r, uint64_t *value,
                                  uint64_t deadline_ns)
 {
-    struct mailbox *m = d->mailbox;
-    if (d->posted - atomic_load(&m->done) >= MAILBOX_RING) {
-        uint32_t gone = mailbox_await(d, d->posted - MAILBOX_RING / 2, deadline_ns);
-        if (gone)
+    uint32_t number, gone;
+    while (!mailbox_put(d, r, &number)) /* others may have taken the room */
+        if ((gone = now_ns() < deadline_ns ? mailbox_await(d, d->posted - MAILBOX_RING / 2, deadline_ns)
+                                           : device_die(d, GONE(CAUSE_TIMEOUT, 0))))
             return gone;
-    }
-    m->ring[d->posted % MAILBOX_RING] = *r;
-    atomic_store_explicit(&m->vcpu_cpu, (uint32_t)sched_getcpu(), memory_order_relaxed);
-    uint32_t number = d->posted + 1;
-    d->posted = number; /* first, so that no shadow is taken that the device has not made right, seeing the other */
-    atomic_store(&m->posted, number);
-    if (atomic_load(&m->asleep)) {
-        atomic_store(&m->asleep, 0);
-        if (write(d->bell, &(uint64_t){1}, sizeof(uint64_t)) < 0 && errno != EAGAIN) /* EAGAIN: it rings already */
-            return device_die(d, GONE(CAUSE_SEND_FAILED, errno));
-    }
-    if (r->posted)
-        return CAUSE_NONE;
-    uint32_t gone = mailbox_await(d, number, deadline_ns);
+    gone = r->posted ? atomic_load(&d->gone) : mailbox_await(d, number, deadline_ns);
     if (!gone && r->tag == TAG_READ)
-        *value = atomic_load(&m->value);
+        *value = atomic_load(&d->mailbox->value);
     return gone;
 }
 
@@ -320,24 +331,32 @@ static uint32_t socket_transact(struct device *d, const struct mailbox_request *
     return device_receive(d, is_read ? TAG_VALUE : TAG_DONE, is_read ? value : NULL, deadline_ns);
 }
 
-/* One transaction; waiting for the others' counts towards the deadline.  `value` is what a read gives. */
-static uint32_t device_transact(struct device *d, struct mailbox_request *r, uint64_t *value)
+/* One transaction after the other; waiting for the others' counts towards the deadline. */
+static uint32_t transact_in_turn(struct device *d, const struct mailbox_request *r, uint64_t *value)
 {
-    r->at_ns = now_ns();
     uint64_t deadline_ns = r->at_ns + d->deadline_ns;
     struct timespec until = {(time_t)(deadline_ns / NS_PER_S), (long)(deadline_ns % NS_PER_S)};
     if (pthread_mutex_clocklock(&d->lock, CLOCK_MONOTONIC, &until))
         return device_die(d, GONE(CAUSE_TIMEOUT, 0));
     uint32_t gone = atomic_load(&d->gone);
-    if (!gone) {
-        gone = d->mailbox ? mailbox_transact(d, r, value, deadline_ns)
-                          : socket_transact(d, r, value, deadline_ns);
-        if (!gone && r->tag == TAG_READ && *value > all_ones(r->size))
-            gone = device_die(d, GONE(CAUSE_BAD_REPLY, 0));
-        atomic_fetch_add_explicit(r->tag == TAG_READ ? &d->reads : &d->writes, 1, memory_order_relaxed);
-        atomic_fetch_add_explicit(&d->wait_ns, now_ns() - r->at_ns, memory_order_relaxed);
-    }
+    if (!gone)
+        gone = (d->mailbox ? mailbox_transact : socket_transact)(d, r, value, deadline_ns);
+    if (!gone && r->tag == TAG_READ && *value > all_ones(r->size))
+        gone = device_die(d, GONE(CAUSE_BAD_REPLY, 0));
     pthread_mutex_unlock(&d->lock);
+    return gone;
+}
+
+/* One transaction.  `value` is what a read gives. */
+static uint32_t device_transact(struct device *d, struct mailbox_request *r, uint64_t *value)
+{
+    uint32_t number, gone = atomic_load(&d->gone);
+    r->at_ns = now_ns();
+    /* A posted write waits for nobody's answer, or the writes to other devices behind it in the ring would, too. */
+    bool is_put = r->posted && d->mailbox && !gone && mailbox_put(d, r, &number);
+    gone = is_put ? atomic_load(&d->gone) : transact_in_turn(d, r, value);
+    atomic_fetch_add_explicit(r->tag == TAG_READ ? &d->reads : &d->writes, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&d->wait_ns, now_ns() - r->at_ns, memory_order_relaxed);
     return gone;
 }
 
@@ -362,21 +381,15 @@ static uint32_t device_post(struct device *d, uint32_t space, uint64_t offset, u
     return device_transact(d, &r, NULL);
 }
 
-static bool ring_is_empty(const struct core *core)
-{
-    const volatile struct kvm_coalesced_mmio_ring *ring = core->ring;
-    return !ring || ring->first == ring->last;
-}
-
 static bool locate(struct core *core, bool is_mmio, uint64_t addr, uint32_t size, struct core_route *route);
 
 /* Posts the writes that KVM has put aside, in their order.  Who is late waits for who is at it: none is overtaken. */
 static void drain(struct core *core)
 {
-    if (ring_is_empty(core))
+    volatile struct kvm_coalesced_mmio_ring *ring = core->ring;
+    if (!ring || ring->first == ring->last)
         return;
     pthread_mutex_lock(&core->ring_lock);
-    volatile struct kvm_coalesced_mmio_ring *ring = core->ring;
     for (uint32_t left = KVM_COALESCED_MMIO_MAX; left && ring->first != ring->last; left--) {
         atomic_thread_fence(memory_order_acquire); /* KVM: the write first, then `last` */
         uint32_t first = ring->first % KVM_COALESCED_MMIO_MAX;
@@ -776,6 +789,7 @@ void core_free(struct core *core)
     for (uint32_t i = 0; i < core->n_devices; i++) {
         device_close(&core->devices[i]);
         pthread_mutex_destroy(&core->devices[i].lock);
+        pthread_mutex_destroy(&core->devices[i].slot_lock);
     }
     if (core->ring)
         munmap((void *)core->ring, PAGE_SIZE);
@@ -844,6 +858,7 @@ int core_add_device(struct core *core, int fd, uint32_t patience_ms, int page, i
     if (index < CORE_DEVICES_MAX) {
         core->devices[index] = new;
         pthread_mutex_init(&core->devices[index].lock, NULL);
+        pthread_mutex_init(&core->devices[index].slot_lock, NULL);
         atomic_store(&core->n_devices, index + 1);
     }
     pthread_mutex_unlock(&core->add_lock);

@@ -1,8 +1,9 @@
 /* The mailbox: one page that the supervisor and one device process share, for the messages of the device's
  * access channel (devproc/wire.py) without a system call for each.
  *
- * Requests are numbered from 1, modulo 2^32, and are answered in order.  Number n is in ring[(n - 1) %
- * MAILBOX_RING] from `posted` = n until `done` = n; `value` is the answer to number `done`.
+ * Requests are numbered from 1, modulo 2^32, and are done in order.  Number n is in ring[(n - 1) % MAILBOX_RING]
+ * from `posted` = n until `done` = n; `value` is the answer to the last read of those that are done.  There is no
+ * second read before the first one's answer was taken; posted writes there may be.
  *
  * The device can write every byte.  So the supervisor keeps its own count of what it has posted, and of the page
  * it only ever reads what is marked as the device's, each word once per decision.

@@ -28,7 +28,8 @@ static void *run_device(void *arg)
             struct mailbox_request r = m->ring[done % MAILBOX_RING];
             if (r.tag == TAG_WRITE)
                 registers[r.offset] = r.data;
-            atomic_store_explicit(&m->value, registers[r.offset], memory_order_relaxed);
+            else
+                atomic_store_explicit(&m->value, registers[r.offset], memory_order_relaxed);
             if (atomic_load(&m->posted) == done + 1)
                 atomic_store(&m->shadow[2], (uint16_t)(MAILBOX_SHADOWED | registers[2]));
             atomic_store(&m->done, ++done);

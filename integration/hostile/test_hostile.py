@@ -165,6 +165,8 @@ def test_an_attack_that_the_vm_survives_costs_it_nothing(elf: Elf, tmp_path: Pat
     [
         "silence in an access",
         "endless work in an access",
+        "silence in the mailbox",
+        "endless work in the mailbox",
     ],
 )
 def test_a_device_that_holds_up_two_vcpus_does_not_hold_up_the_third(elf: Elf, name: str) -> None:

@@ -243,6 +243,46 @@ def test_a_device_given_up_wakes_who_waits_for_it() -> None:
     peer.close()
 
 
+def test_a_posted_write_does_not_wait_for_who_waits_for_an_answer(peer: Peer) -> None:
+    values: list[int] = []
+    reader = threading.Thread(target=lambda: values.append(peer.read()))
+    reader.start()
+    while not peer.get(WANTED):  # it is about to sleep, or sleeps
+        time.sleep(0.001)
+    for data in range(SLOTS - 1):
+        peer.write(data)
+    assert peer.get(POSTED) == SLOTS
+    peer.set_value(7)
+    peer.set(DONE, 1)
+    reader.join()
+    assert values == [7]
+
+
+def test_a_reader_is_answered_whatever_others_post_meanwhile(peer: Peer) -> None:
+    def answer() -> None:
+        number = peer.get(DONE) + 1
+        if number <= peer.get(POSTED):
+            offset, _, _, tag, *_ = peer.request(number)
+            if tag == 1:
+                peer.set_value(offset)
+            peer.set(DONE, number)
+
+    def post() -> None:
+        while not over.is_set():
+            peer.write()
+
+    over = threading.Event()
+    writer = threading.Thread(target=post)
+    peer.meanwhile(answer)
+    writer.start()
+    numbers = range(3 * SLOTS)
+    try:
+        assert [peer.core.read(peer.index, 0, n, 1) for n in numbers] == list(numbers)
+    finally:
+        over.set()
+        writer.join()
+
+
 def test_the_ring_is_used_again_and_again(peer: Peer) -> None:
     def answer() -> None:
         number = peer.get(POSTED)
