@@ -49,11 +49,11 @@ fuzz: $(BIN)/.ready packages
 	$(BIN)/python -m integration.fuzz.run $(FUZZ_S)
 
 clean:
-	rm -rf $(VENV) build *.egg-info kvmcore/_core.*.so kvmcore/_core.*.o devproc/_mailbox.*.so
+	rm -rf $(VENV) build *.egg-info kvmcore/_core.*.so kvmcore/_core.*.o devproc/_*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(BIN)/.ready: pyproject.toml setup.py kvmcore/_build.py kvmcore/_core.c kvmcore/_mailbox.h devproc/_mailbox.c | packages
+$(BIN)/.ready: pyproject.toml setup.py kvmcore/_build.py kvmcore/_core.c kvmcore/_mailbox.h $(wildcard devproc/_*.[ch]) | packages
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

@@ -2,16 +2,20 @@
 
 from setuptools import Extension, setup
 
+
+def extension(name: str, header: str) -> Extension:
+    """A type of a device process, in C; `header` is what the file includes."""
+    return Extension(
+        f"devproc.{name}",
+        [f"devproc/{name}.c"],
+        depends=[header],
+        py_limited_api=True,
+        define_macros=[("Py_LIMITED_API", "0x030b0000"), ("_FORTIFY_SOURCE", "2")],
+        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fstack-protector-strong"],
+    )
+
+
 setup(
     cffi_modules=["kvmcore/_build.py:ffibuilder"],
-    ext_modules=[
-        Extension(
-            "devproc._mailbox",
-            ["devproc/_mailbox.c"],
-            depends=["kvmcore/_mailbox.h"],
-            py_limited_api=True,
-            define_macros=[("Py_LIMITED_API", "0x030b0000"), ("_FORTIFY_SOURCE", "2")],
-            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fstack-protector-strong"],
-        )
-    ],
+    ext_modules=[extension("_mailbox", "kvmcore/_mailbox.h"), extension("_ring", "devproc/_ring.h")],
 )

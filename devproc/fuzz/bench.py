@@ -7,6 +7,7 @@ that is wanted, until neither is left.  The oracles are listed in finding.py.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
@@ -107,10 +108,13 @@ class Bench:
             "entropy": self._entropy,
             "log": lambda _: None,
         }
-        self.model: Device = model(**ports, **{s: sources[s] for s in entry.sources})
+        made = model(**ports, **{s: sources[s] for s in entry.sources})
+        self.model: Device = made
         self._guest: Guest | None = None
         if entry.virtio is not None:
             assert memory is not None
+            # In Python, which has blocks and can be put back to what it was; of the modules now loaded.
+            made.make_split = importlib.import_module("devproc.virtio.split").SplitQueue
             self._guest = Guest(self.model, memory, self._notify, entry.name in _DISCARDING)
             self._pump()  # what the start has left to do
         self._raised.clear()

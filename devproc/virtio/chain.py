@@ -103,21 +103,25 @@ class Areas:
     Args:
         areas: name, gpa, size in bytes and alignment of each.
 
+    Attributes:
+        ranges: from and to which guest-physical address each is.
+        views: its bytes.
+
     Raises:
         ChainError: one is misaligned or not wholly RAM.
     """
 
     def __init__(self, memory: GuestMemory, areas: Sequence[tuple[str, int, int, int]]) -> None:
         self._memory: Final = memory
-        self._ranges: Final = [(gpa, gpa + size) for _, gpa, size, _ in areas]
+        self.ranges: Final = [(gpa, gpa + size) for _, gpa, size, _ in areas]
         for name, gpa, size, align in areas:
             if gpa % align or not memory.holds(gpa, size):
                 raise ChainError(
                     f"{name} area at {gpa:#x}: expected {size:#x} bytes of RAM at a multiple of {align}"
                 )
         self.views: Final = memory.views((gpa, size) for _, gpa, size, _ in areas)
-        self._low: Final = min(low for low, _ in self._ranges)
-        self._high: Final = max(high for _, high in self._ranges)
+        self._low: Final = min(low for low, _ in self.ranges)
+        self._high: Final = max(high for _, high in self.ranges)
 
     def table(self, gpa: int, size: int, layout: Struct) -> list[Descriptor]:
         """One copy of an indirect table of `size` bytes (2.7.5.3, 2.8.7).
@@ -164,7 +168,7 @@ class Areas:
         return Chain(id, tuple(readable), tuple(writable), read_size, write_size, descriptors)
 
     def _aliases(self, gpa: int, size: int) -> bool:
-        return any(gpa < high and gpa + size > low for low, high in self._ranges)
+        return any(gpa < high and gpa + size > low for low, high in self.ranges)
 
 
 def part(spans: Iterable[Span], offset: int, size: int) -> tuple[Span, ...]:

@@ -9,7 +9,7 @@ are the supervisor's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Final
@@ -21,7 +21,7 @@ from devproc.state import U8, U16, U64, Length, Range
 from devproc.virtio import spec
 from devproc.virtio.chain import Chain, ChainError, Queue
 from devproc.virtio.packed import PackedQueue
-from devproc.virtio.split import SplitQueue
+from devproc.virtio.split import split_queue
 from devproc.wire import Space
 from kvmcore.memory import GuestMemory
 
@@ -280,6 +280,7 @@ class VirtioDevice(Model):
         self.memory: Final = memory
         self.features = 0  # what the driver accepts; negotiated once FEATURES_OK is set
         self.queues: list[Queue | None] = [None] * len(kick)
+        self.make_split: Callable[..., Queue] = split_queue  # the fuzzer has the one in Python instead
         self._irq: Final = irq
         self._intx: Final = intx
         self._log: Final = log
@@ -555,7 +556,7 @@ class VirtioDevice(Model):
 
     def _make_queue(self, features: int, setup: _Setup, position: int | None = None) -> Queue:
         """Raises ChainError."""
-        kind: type[PackedQueue | SplitQueue] = PackedQueue if features & spec.F_RING_PACKED else SplitQueue
+        kind: Callable[..., Queue] = PackedQueue if features & spec.F_RING_PACKED else self.make_split
         start = () if position is None else (position,)
         desc, driver, device = setup.areas
         return kind(self.memory, features, setup.size, desc, driver, device, *start)

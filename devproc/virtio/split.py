@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import Final
 
-from devproc.virtio.chain import Areas, Chain, ChainError
+from devproc._ring import Ring
+from devproc.virtio.chain import Areas, Chain, ChainError, Span
 from devproc.virtio.spec import (
     AVAIL_F_NO_INTERRUPT,
     DESC_ALIGN,
@@ -33,6 +34,35 @@ _DESC: Final = Struct("<QIHH")  # addr, len, flags, next
 _USED_ELEM: Final = Struct("<II")  # id, len
 _FLAGS, _IDX, _RING = 0, 1, 2  # 16-bit items of the available ring; flags and idx of the used ring too
 _MASK: Final = 0xFFFF
+
+
+def split_queue(
+    memory: GuestMemory, features: int, size: int, desc: int, driver: int, device: int, position: int = 0
+) -> Ring:
+    """What `SplitQueue` is, in C (_ring.c); the arguments are the same, and so is whatever it does."""
+    spans = [(region.gpa, region.size) for region in memory.regions]
+    return Ring(
+        tuple((gpa, view) for (gpa, _), view in zip(spans, memory.views(spans), strict=True)),
+        _areas(memory, size, desc, driver, device).ranges,
+        size,
+        indirect=bool(features & F_INDIRECT_DESC),
+        event_idx=bool(features & F_EVENT_IDX),
+        position=position,
+        classes=(Chain, Span, ChainError),
+    )
+
+
+def _areas(memory: GuestMemory, size: int, desc: int, driver: int, device: int) -> Areas:
+    if not 0 < size <= QUEUE_SIZE_MAX or size & (size - 1):
+        raise ChainError(f"queue size {size}: expected a power of 2, at most {QUEUE_SIZE_MAX}")
+    return Areas(
+        memory,
+        (
+            ("descriptor", desc, DESC_SIZE * size, DESC_ALIGN),
+            ("driver", driver, 6 + 2 * size, SPLIT_DRIVER_ALIGN),
+            ("device", device, 6 + 8 * size, SPLIT_DEVICE_ALIGN),
+        ),
+    )
 
 
 class SplitQueue:
@@ -66,18 +96,9 @@ class SplitQueue:
         device: int,
         position: int = 0,
     ) -> None:
-        if not 0 < size <= QUEUE_SIZE_MAX or size & (size - 1):
-            raise ChainError(f"queue size {size}: expected a power of 2, at most {QUEUE_SIZE_MAX}")
+        self._areas: Final = _areas(memory, size, desc, driver, device)
         self.size: Final = size
         self._memory: Final = memory
-        self._areas: Final = Areas(
-            memory,
-            (
-                ("descriptor", desc, DESC_SIZE * size, DESC_ALIGN),
-                ("driver", driver, 6 + 2 * size, SPLIT_DRIVER_ALIGN),
-                ("device", device, 6 + 8 * size, SPLIT_DEVICE_ALIGN),
-            ),
-        )
         self._desc, avail, self._used = self._areas.views
         self._avail: Final = avail.cast("H")
         self._used_words: Final = self._used.cast("H")
@@ -103,8 +124,9 @@ class SplitQueue:
         return chain
 
     def unpop(self, chain: Chain) -> None:
-        at = self._out.pop(chain.id)
-        assert self._next_avail == (at + 1) & _MASK, f"chain {chain.id} was not popped last"
+        at = (self._next_avail - 1) & _MASK
+        assert self._out.get(chain.id) == at, f"chain {chain.id} was not popped last"
+        del self._out[chain.id]
         self._next_avail = at
 
     def push(self, chain: Chain, written: int) -> None:

@@ -27,18 +27,21 @@ from devproc.driver import Driver, PackedDriver, SplitDriver
 from devproc.virtio.chain import CHAIN_MAX, Areas, Chain, ChainError, Queue, Span, part
 from devproc.virtio.packed import PackedQueue
 from devproc.virtio.spec import DESC_F_WRITE, F_EVENT_IDX, F_INDIRECT_DESC
-from devproc.virtio.split import SplitQueue
+from devproc.virtio.split import SplitQueue, split_queue
 from kvmcore.memory import GuestMemory
 
 RAM = ((0, 1 << 20), (4 << 20, 1 << 20))
 RING = 0x1000
 ALL = F_EVENT_IDX | F_INDIRECT_DESC
-FORMATS: list[tuple[type[SplitDriver | PackedDriver], type[SplitQueue | PackedQueue]]] = [
+FORMATS: list[tuple[type[SplitDriver | PackedDriver], Callable[..., Queue]]] = [
     (SplitDriver, SplitQueue),
     (PackedDriver, PackedQueue),
 ]
-Ring = Callable[..., tuple[Driver, Queue]]
-formats = pytest.mark.parametrize("kind", FORMATS, ids=["split", "packed"])
+formats = pytest.mark.parametrize(
+    "kind", [*FORMATS, (SplitDriver, split_queue)], ids=["split", "packed", "C"]
+)
+in_python = pytest.mark.parametrize("kind", FORMATS, ids=["split", "packed"])
+"""What looks inside, or interferes at a fence; integration/fuzz/ring.c does so in C."""
 
 
 class Looking:
@@ -128,7 +131,7 @@ def test_what_is_used_comes_back_with_its_length_and_data_in_any_order(kind: Any
     assert [tuple(u) for u in driver.used()] == [(ids[2], 0, b""), (ids[1], 0, b""), (ids[0], 4, b"abcd")]
 
 
-@formats
+@in_python
 def test_nothing_is_seen_before_it_is_complete(kind: Any, memory: Racing) -> None:
     driver, queue = connect(kind, memory)
     id = driver.request(b"x", 4)
@@ -139,7 +142,7 @@ def test_nothing_is_seen_before_it_is_complete(kind: Any, memory: Racing) -> Non
     assert looking.seen == [[(id, 3, b"abc")]]
 
 
-@formats
+@in_python
 def test_what_is_pushed_together_is_seen_together(kind: Any, memory: Racing) -> None:
     driver, queue = connect(kind, memory, size=5 if kind[0] is PackedDriver else 4)
     looking = Looking(queue, driver)
@@ -241,7 +244,7 @@ def test_a_kick_is_wanted_only_for_the_first_chain_after_none(
         assert len(driver.used()) == 2
 
 
-@formats
+@in_python
 @pytest.mark.parametrize("features", [0, F_EVENT_IDX], ids=["flags", "event_idx"])
 def test_a_chain_added_while_kicks_are_switched_on_is_not_lost(
     kind: Any, features: int, memory: Racing
@@ -278,7 +281,7 @@ def test_an_interrupt_is_wanted_once_for_what_was_pushed(kind: Any, features: in
         driver.interrupts(1)
 
 
-@formats
+@in_python
 @pytest.mark.parametrize("features", [0, F_EVENT_IDX], ids=["flags", "event_idx"])
 def test_an_interrupt_asked_for_before_the_fence_is_given(kind: Any, features: int, memory: Racing) -> None:
     driver, queue = connect(kind, memory, 4, features)

@@ -18,13 +18,13 @@ In virtio 1.2:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from struct import pack
 
 import pytest
 
 from devproc.driver import SplitDriver
-from devproc.virtio.chain import Chain, ChainError, Span
+from devproc.virtio.chain import Chain, ChainError, Queue, Span
 from devproc.virtio.spec import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
@@ -32,9 +32,10 @@ from devproc.virtio.spec import (
     F_EVENT_IDX,
     F_INDIRECT_DESC,
 )
-from devproc.virtio.split import SplitQueue
+from devproc.virtio.split import SplitQueue, split_queue
 from kvmcore.memory import GuestMemory
 
+Kind = Callable[..., Queue]
 SIZE = 8
 TABLE = 0x20000
 
@@ -42,10 +43,10 @@ TABLE = 0x20000
 class Ends:
     """A driver and a device on one ring."""
 
-    def __init__(self, features: int = F_INDIRECT_DESC, position: int = 0) -> None:
+    def __init__(self, kind: Kind = SplitQueue, features: int = F_INDIRECT_DESC, position: int = 0) -> None:
         self.memory = GuestMemory.create([(0, 1 << 20)])
         self.driver = d = SplitDriver(self.memory, 0x1000, SIZE, features, position, extent=0x10000)
-        self.queue = SplitQueue(self.memory, features, SIZE, d.desc, d.driver, d.device, position)
+        self.queue = kind(self.memory, features, SIZE, d.desc, d.driver, d.device, position)
 
     def table(self, *descriptors: tuple[int, int, int, int]) -> None:
         self.memory.write(TABLE, b"".join(pack("<QIHH", *d) for d in descriptors))
@@ -68,9 +69,12 @@ class Ends:
         self.queue.push(chain, 1)
 
 
-@pytest.fixture
-def ends() -> Iterator[Ends]:
-    yield Ends()
+kinds = pytest.mark.parametrize("kind", [SplitQueue, split_queue], ids=["python", "C"])
+
+
+@pytest.fixture(params=[SplitQueue, split_queue], ids=["python", "C"])
+def ends(request: pytest.FixtureRequest) -> Ends:
+    return Ends(request.param)
 
 
 def test_an_index_that_runs_ahead_is_an_error(ends: Ends) -> None:
@@ -99,9 +103,10 @@ def test_chains_that_are_out_take_their_place_in_the_ring(ends: Ends) -> None:
         ends.queue.pop()
 
 
-def test_the_areas_may_lie_at_their_least_alignment(ends: Ends) -> None:
-    memory = ends.memory
-    queue = SplitQueue(memory, F_EVENT_IDX, 2, 0x40010, 0x40102, 0x40204)
+@kinds
+def test_the_areas_may_lie_at_their_least_alignment(kind: Kind) -> None:
+    memory = GuestMemory.create([(0, 1 << 20)])
+    queue = kind(memory, F_EVENT_IDX, 2, 0x40010, 0x40102, 0x40204)
     memory.write(0x40010, pack("<QIHH", 0x50000, 4, DESC_F_WRITE, 0))
     memory.write(0x40102, pack("<HHHHH", 0, 1, 0, 0, 0))
     chain = queue.pop()
@@ -229,10 +234,11 @@ def test_a_head_that_is_out_is_not_taken_again(ends: Ends) -> None:
     assert ends.queue.pop() == chain
 
 
+@kinds
 @pytest.mark.parametrize("event_idx", [False, True])
-def test_only_the_negotiated_suppression_of_interrupts_counts(event_idx: bool) -> None:
+def test_only_the_negotiated_suppression_of_interrupts_counts(kind: Kind, event_idx: bool) -> None:
     """Threat 7."""
-    ends = Ends(F_EVENT_IDX * event_idx)
+    ends = Ends(kind, F_EVENT_IDX * event_idx)
     for flags, used_event, by_flags, by_event in [
         (0, 0, True, True),
         (1, 1, False, True),
@@ -245,9 +251,10 @@ def test_only_the_negotiated_suppression_of_interrupts_counts(event_idx: bool) -
         assert ends.queue.wants_interrupt() == (by_event if event_idx else by_flags)
 
 
-def test_an_interrupt_is_wanted_even_after_as_many_as_indices_can_tell() -> None:
+@kinds
+def test_an_interrupt_is_wanted_even_after_as_many_as_indices_can_tell(kind: Kind) -> None:
     """Threat 7: used.idx is again what it was."""
-    ends = Ends(F_EVENT_IDX)
+    ends = Ends(kind, F_EVENT_IDX)
     ends.driver.descriptor(0, 0x30000, 1, DESC_F_WRITE)
     ends.avail(used_event=0)
     for idx in range(1, 0x10001):
@@ -258,9 +265,10 @@ def test_an_interrupt_is_wanted_even_after_as_many_as_indices_can_tell() -> None
     assert ends.queue.wants_interrupt()
 
 
-def test_flags_of_the_used_ring_suppress_kicks_only_without_event_idx() -> None:
+@kinds
+def test_flags_of_the_used_ring_suppress_kicks_only_without_event_idx(kind: Kind) -> None:
     for features in (0, F_EVENT_IDX):
-        ends = Ends(features)
+        ends = Ends(kind, features)
         seen = set()
         for _ in range(3):
             assert ends.queue.pop() is None
@@ -280,9 +288,10 @@ def test_kicks_are_on_after_a_restore_whatever_the_flags_were(ends: Ends) -> Non
     assert ends.used_flags() == 0
 
 
-def test_indices_wrap() -> None:
+@kinds
+def test_indices_wrap(kind: Kind) -> None:
     for features in (0, F_EVENT_IDX):
-        ends = Ends(features, position=0xFFFD)
+        ends = Ends(kind, features, position=0xFFFD)
         for number in range(8):
             assert ends.queue.pop() is None
             ends.driver.interrupts(1)

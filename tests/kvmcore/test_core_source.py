@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CORE, MAILBOX = ROOT / "kvmcore" / "_core.c", ROOT / "devproc" / "_mailbox.c"
+CORE = ROOT / "kvmcore" / "_core.c"
+SOURCES = [CORE, ROOT / "devproc" / "_mailbox.c", ROOT / "devproc" / "_ring.c"]
 
 
-@pytest.mark.parametrize("source", [CORE, MAILBOX], ids=str)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_it_compiles_without_a_warning(tmp_path: Path, source: Path) -> None:
     cc = shutil.which("cc") or shutil.which("gcc")
     if cc is None:

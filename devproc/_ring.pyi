@@ -1,0 +1,26 @@
+"""The interface of _ring.c; what each does is said in virtio/chain.py, at `Queue`."""
+
+from collections.abc import Sequence
+
+from devproc.virtio.chain import Chain, ChainError, Span
+
+class Ring:
+    def __new__(
+        cls,
+        regions: tuple[tuple[int, memoryview], ...],
+        areas: Sequence[tuple[int, int]],
+        size: int,
+        indirect: bool,
+        event_idx: bool,
+        position: int,
+        classes: tuple[type[Chain], type[Span], type[ChainError]],
+    ) -> Ring: ...
+    @property
+    def size(self) -> int: ...
+    def pop(self) -> Chain | None: ...
+    def unpop(self, chain: Chain) -> None: ...
+    def push(self, chain: Chain, written: int) -> None: ...
+    def push_together(self, used: Sequence[tuple[Chain, int]]) -> None: ...
+    def wants_interrupt(self) -> bool: ...
+    @property
+    def position(self) -> int: ...
