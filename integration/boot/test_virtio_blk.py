@@ -18,10 +18,11 @@ from integration.testbed import debian
 pytestmark = pytest.mark.linux
 
 MIB = 1 << 20
+GROWN = 40 * MIB
 WORDS = ("quiet", "tsc=reliable", "nokaslr", "mitigations=off")
 MODULES = ("virtio_pci", "virtio_blk", "ext4")
-SCRIPT = r"""
-sha() { sha256sum | cut -d' ' -f1; }
+SCRIPT = rf"""
+sha() {{ sha256sum | cut -d' ' -f1; }}
 echo "read: $(dd if=/dev/vda bs=64k 2>/dev/null | sha)"
 dd if=/dev/urandom of=/tmp/x bs=4k count=256 2>/dev/null
 dd if=/tmp/x of=/dev/vda bs=64k seek=8 conv=fsync 2>/dev/null && echo "wrote: $(sha < /tmp/x)"
@@ -42,9 +43,15 @@ cp /tmp/x /mnt/x && rm /mnt/bulk && sync
 fstrim /mnt && echo "trimmed: yes"
 umount /mnt && echo "unmounted: yes"
 
+mkdir /fio && mount -t ext4 -o ro /dev/vdd /fio && cd /tmp
+{images.FIO} --name=mixed --filename=/dev/vde --size=12m --rw=randrw --bsrange=4k-1m --direct=1 \
+    --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --verify_state_save=0 \
+    --thread --minimal > /tmp/fio && echo "verified: yes" || cat /tmp/fio
+umount /fio
+
 cd /sys/bus/virtio/drivers/virtio_blk
 for n in 1 2 3; do for d in *; do [ -L $d ] && echo $d > unbind; done
-    for d in /sys/bus/virtio/devices/*; do echo ${d##*/} > bind 2>/dev/null; done; done
+    for d in /sys/bus/virtio/devices/*; do echo ${{d##*/}} > bind 2>/dev/null; done; done
 echo "again: $(dd if=/dev/vdb bs=64k 2>/dev/null | sha)"
 dmesg | grep -E 'BUG|Oops|WARNING:|I/O error|nobody cared|soft lockup|virtio.*(fail|error)' |
     grep -v 'dev vdb, sector 0 op 0x1:(WRITE)' | grep -v 'vdb, logical block 0, lost' | sed 's/^/trouble: /'
@@ -59,10 +66,17 @@ mount -t ext4 -o "$mode" "$root" /root && exec switch_root /root /init
 """
 INIT = """#!/bin/busybox sh
 busybox mount -t proc proc /proc
+busybox mount -t sysfs sys /sys
+size() { busybox cat /sys/block/vda/size; }
+before=$(size)
 echo "root: $(busybox grep ' / ' /proc/mounts)"
 for n in 0 1 2 3 4 5 6 7 8 9; do
     echo "file $n" > /file$n
     busybox sync && echo "synced: $n"
+    if [ $n = 3 ]; then
+        while [ $(size) = $before ]; do busybox sleep 0.1; done
+        echo "size: $(size)"
+    fi
     busybox dd if=/dev/zero of=/unsynced$n bs=64k count=20 2>/dev/null
 done
 busybox sleep 1000
@@ -75,7 +89,7 @@ def ext4(tmp_path: Path) -> Path:
     if shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin") is None:
         pytest.skip("mke2fs (Debian: e2fsprogs) is not installed")
     root = tmp_path / "root"
-    for name in ("bin", "proc", "dev"):
+    for name in ("bin", "proc", "sys", "dev"):
         (root / name).mkdir(parents=True)
     shutil.copy(debian.tool("busybox", "busybox-static"), root / "bin/busybox")
     (root / "init").write_text(INIT)
@@ -87,6 +101,15 @@ def ext4(tmp_path: Path) -> Path:
         ["/usr/sbin/mke2fs", "-q", "-t", "ext4", "-d", str(root), str(image), "32M"], check=True, timeout=60
     )
     return image
+
+
+@pytest.fixture
+def fio() -> Path:
+    """The image with fio on it."""
+    try:
+        return images.fio()
+    except images.TestbedError as e:
+        pytest.skip(str(e))
 
 
 def clean(image: Path) -> bool:
@@ -110,13 +133,14 @@ def run(tmp_path: Path, script: str, *options: str, params: tuple[str, ...] = ()
 
 
 def test_linux_reads_writes_discards_and_mounts(
-    tmp_path: Path, booted: Callable[[], None], ext4: Path
+    tmp_path: Path, booted: Callable[[], None], ext4: Path, fio: Path
 ) -> None:
-    raw, ro, qcow2 = tmp_path / "raw", tmp_path / "ro", tmp_path / "ext4.qcow2"
+    raw, ro, qcow2, scratch = (tmp_path / name for name in ("raw", "ro", "ext4.qcow2", "scratch"))
     before = os.urandom(16 * MIB)
     raw.write_bytes(before)
     ro.write_bytes(before)
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", "-f", "raw", str(ext4), str(qcow2)], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(scratch), "12M"], check=True)
     blocks = raw.stat().st_blocks
     vmsup = run(
         tmp_path,
@@ -125,6 +149,8 @@ def test_linux_reads_writes_discards_and_mounts(
         *("--block", f"{raw},id=the-first,queues=2"),
         *("--block", f"{ro},ro"),
         *("--block", f"{qcow2},format=qcow2"),
+        *("--block", f"{fio},ro"),
+        *("--block", f"{scratch},format=qcow2"),
     )
     assert vmsup.code == 0, vmsup.errors
     booted()
@@ -143,18 +169,19 @@ def test_linux_reads_writes_discards_and_mounts(
     assert vmsup["serial:"] == "the-first"
     assert (vmsup["logical_block_size:"], vmsup["max_segments:"]) == ("512", "254")
     assert vmsup["write_cache:"] == "write back"
-    assert vmsup["vectors:"] == "4"  # two queues, one, and one
-    for yes in ("direct", "refused", "mounted", "trimmed", "unmounted"):
+    assert vmsup["vectors:"] == "6"  # two queues of one disk, and one of each other
+    for yes in ("direct", "refused", "mounted", "trimmed", "unmounted", "verified"):
         assert vmsup[f"{yes}:"] == "yes"
     assert (vmsup["discard:"], vmsup["ro:"], vmsup["greeting:"]) == ("done", "1", "from the host")
     assert "trouble:" not in vmsup.console, vmsup.console
-    subprocess.run(["qemu-img", "check", "-f", "qcow2", str(qcow2)], check=True)
+    for image in (qcow2, scratch):
+        subprocess.run(["qemu-img", "check", "-f", "qcow2", str(image)], check=True)
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(qcow2), str(ext4)], check=True)
     assert clean(ext4)
     assert file_in(ext4, "x") == written
 
 
-def test_a_root_file_system_survives_a_power_cut(
+def test_a_root_file_system_grows_and_survives_a_power_cut(
     tmp_path: Path, booted: Callable[[], None], ext4: Path
 ) -> None:
     kernel = images.kernel(images.CLOUD)
@@ -162,18 +189,23 @@ def test_a_root_file_system_survives_a_power_cut(
     initrd.write_bytes(images.initramfs(SWITCH, kernel, MODULES))
     words = [w for p in WORDS for w in ("-p", p)]
     seen = []
-    options = ("-i", str(initrd), *words, "--block", f"{ext4},root", str(kernel.bzimage))
+    socket = str(tmp_path / "socket")
+    disk = f"{ext4},root,max-size={GROWN}"
+    options = ("-i", str(initrd), *words, "--block", disk, "-s", socket, str(kernel.bzimage))
     with vm.start(*options, stderr=subprocess.DEVNULL) as vmsup:
         assert vmsup.stdout is not None
         killer = threading.Timer(300, vmsup.kill)
         killer.start()
         for raw in vmsup.stdout:
             seen.append(raw.decode(errors="replace").strip())
+            if seen[-1] == "synced: 3":
+                subprocess.run(vm.command("resize", socket, "block1", str(GROWN)), cwd=vm.ROOT, check=True)
             if seen[-1] == "synced: 5":
                 vmsup.kill()
         killer.cancel()
     booted()
     assert "synced: 5" in seen, seen[-20:]
+    assert f"size: {GROWN // 512}" in seen
     (root,) = [line for line in seen if line.startswith("root:")]
     assert root.startswith("root: /dev/vda / ext4 rw,")
     replayed = subprocess.run(

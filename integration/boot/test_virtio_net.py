@@ -21,10 +21,11 @@ pytestmark = pytest.mark.linux
 
 HOST, GUEST = "192.0.2.1", "192.0.2.2"
 OUTSIDE, GATEWAY = "198.51.100.1", "198.51.100.254"
-# In a network namespace of its own; "$@" is what runs vmsup.  $DIR/file is served, what comes is in $DIR/up.
+# In a network namespace of its own; "$@" is what runs vmsup.  $DIR/file is served; what comes is in $DIR/up,
+# then in $DIR/lossy.
 SERVERS = r"""
 busybox httpd -f -p 8080 -h "$DIR" & httpd=$!
-"$PYTHON" -c "$SINK" "$DIR/up" & sink=$!
+"$PYTHON" -c "$SINK" "$DIR/up" "$DIR/lossy" & sink=$!
 iperf3 -s > /dev/null & iperf3=$!
 "$@"; code=$?
 kill $httpd $sink $iperf3
@@ -33,10 +34,13 @@ exit $code
 # Unlike nc it does not close its own half first.
 SINK = """
 import socket, sys
-client, _ = socket.create_server(("", 7777)).accept()
-with open(sys.argv[1], "wb") as f:
-    while data := client.recv(65536):
-        f.write(data)
+server = socket.create_server(("", 7777))
+for name in sys.argv[1:]:
+    client, _ = server.accept()
+    with open(name, "wb") as f:
+        while data := client.recv(65536):
+            f.write(data)
+    client.close()
 """
 ON_TAP = rf"""
 ip link set lo up
@@ -62,6 +66,14 @@ echo "up: $(stat -c %s /up) $(sha256sum < /up)"
 echo "flood: $(iperf3 -c $HOST -u -b 0 -l 1000 -R -t 2 | grep receiver)"
 echo "after: $(wget -q -O - http://$HOST:8080/file | sha256sum)"
 """
+# What the guest sends is delayed, lost, doubled and put out of order before the card has it.
+LOSSY = r"""
+/usr/sbin/tc qdisc add dev eth0 root netem delay 2ms loss 3% duplicate 3% reorder 25%
+nc $HOST 7777 < /up
+echo "lossy: $(wget -q -O - http://$HOST:8080/file | sha256sum)"
+echo "netem: $(/usr/sbin/tc -s qdisc show dev eth0 | tr '\n' ' ')"
+/usr/sbin/tc qdisc del dev eth0 root
+"""
 TROUBLE = r"""
 grep virtio /proc/interrupts | sed 's/^/interrupts: /'
 dmesg | grep -E 'BUG|Oops|WARNING:|nobody cared|soft lockup|virtio.*(fail|error)|eth0.*(error|timed out)' |
@@ -82,9 +94,10 @@ def start(host: str, script: str, *options: str, user: tuple[str, ...] = ()) -> 
             pytest.skip(f"there is no {tool}")
     kernel = images.kernel(images.CLOUD)
     served = os.urandom(1 << 20)
-    files = images.program("/usr/bin/iperf3") | {"lease": images.file(LEASE.encode())}
+    files = images.program("/usr/bin/iperf3") | images.program("/usr/sbin/tc")
+    files["lease"] = images.file(LEASE.encode())
     script = images.POWEROFF.replace(images.REPORT, images.REPORT + script + TROUBLE)
-    initrd = images.initramfs(script, kernel, ("virtio_pci", "virtio_net"), files)
+    initrd = images.initramfs(script, kernel, ("virtio_pci", "virtio_net", "sch_netem"), files)
     words = [w for p in ("quiet", "tsc=reliable", "nokaslr", "mitigations=off") for w in ("-p", p)]
     with tempfile.TemporaryDirectory() as name:
         readable = Path(name)
@@ -97,7 +110,13 @@ def start(host: str, script: str, *options: str, user: tuple[str, ...] = ()) -> 
         namespace = ("unshare", "--net", "env", *names, "sh", "-c", host + SERVERS, "sh", *user)
         result = vm.run("-i", str(readable / "initrd"), *words, *options, str(copy), user=namespace)
         sent = (readable / "up").read_bytes()
-    return result, hashlib.sha256(served).hexdigest(), f"{len(sent)} {hashlib.sha256(sent).hexdigest()}"
+        if LOSSY in script:
+            assert sha256((readable / "lossy").read_bytes()) == sha256(sent)
+    return result, sha256(served), f"{len(sent)} {sha256(sent)}"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def received(text: str) -> tuple[int, int]:
@@ -110,7 +129,7 @@ def received(text: str) -> tuple[int, int]:
 @pytest.mark.parametrize(("irqchip", "cpus"), [("kernel", 2), ("split", 1)])
 def test_linux_talks_over_a_tap(booted: Callable[[], None], irqchip: str, cpus: int) -> None:
     up = f"ip address add {GUEST}/24 dev eth0; ip link set eth0 up\n"
-    script = f"HOST={HOST}\n{up}" + TRAFFIC
+    script = f"HOST={HOST}\n{up}" + TRAFFIC + LOSSY
     script += r"""
 echo "features: $(cat /sys/class/net/eth0/device/features)"
 echo "queues: $(ls -d /sys/class/net/eth0/queues/* | wc -l)"
@@ -128,7 +147,8 @@ for n in 1 2 3 4 5; do rmmod virtio_net; insmod /modules/virtio_net.ko; done
     assert "trouble:" not in vmsup.console
     for name, count in (("ping:", 5), ("large:", 3), ("again:", 3)):
         assert received(vmsup[name]) == (count, count)
-    assert vmsup["file:"].split()[0] == vmsup["after:"].split()[0] == served
+    assert vmsup["file:"].split()[0] == vmsup["after:"].split()[0] == vmsup["lossy:"].split()[0] == served
+    assert re.search(r"qdisc netem.* loss 3%.* reorder 25%.* Sent [1-9]", vmsup["netem:"])
     assert vmsup["up:"].split("  -")[0] == sent
     assert "receiver" in vmsup["flood:"]
     bits = {bit for bit, digit in enumerate(vmsup["features:"]) if digit == "1"}
