@@ -34,8 +34,10 @@ exec "$@"
 SCRIPT = rf"""
 times=$(seq {TIMES})
 driver_of() {{ set -- /sys/bus/virtio/drivers/$1/virtio[0-9]*; [ -L "$1" ]; }}
-# A console that goes while its port is still coming says that the port has no buffers.
-settled() {{ [ $1 != virtio_console ] || until [ -e /sys/class/virtio-ports/vport*p0 ]; do sleep 0.1; done; }}
+# Linux breaks a console's queues when it goes: a port that is still coming then complains of no buffers.
+settled() {{
+    while [ $1 = virtio_console ] && [ ! -e /sys/kernel/debug/virtio-ports/vport*p0 ]; do sleep 0.1; done
+}}
 use() {{
     echo "$1-rng: $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c)"
     echo "$1-block: $(sha256sum < /dev/vda | cut -d' ' -f1)"
@@ -44,7 +46,7 @@ use() {{
     echo "$1" > /dev/hvc0
     mount -t virtiofs share /mnt && echo "$1-fs: $(cat /mnt/file)"; umount /mnt
 }}
-mkdir -p /mnt
+mkdir -p /mnt; mount -t debugfs debugfs /sys/kernel/debug
 use first
 for driver in {" ".join(DRIVERS)}; do
     count=0
