@@ -95,9 +95,15 @@ SOURCES: Final = {"clock": time.monotonic_ns, "wall": time.time_ns, "entropy": e
 
 
 def load(entry: Entry) -> type[Any]:
-    """Import the device's model, a class that makes a `ports.Device`; raises what the import raises."""
-    model: type[Any] = getattr(importlib.import_module(entry.module), entry.model)
-    return model
+    """Import the device's model, a class that makes a `ports.Device`; raises what the import raises.
+
+    What each process of the kind would find out, the zygote has found out then, in memory that they share.
+    """
+    model: Any = getattr(importlib.import_module(entry.module), entry.model)
+    state.prepare(model)
+    regs.digest(model)
+    kind: type[Any] = model
+    return kind
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
-from functools import partial
-from typing import ClassVar, Final, Literal
+from functools import cache, partial
+from typing import Any, ClassVar, Final, Literal
 
 from devproc.wire import Space
 
@@ -292,6 +292,12 @@ def _check_layout(model: str, table: Table) -> None:
 
 def digest(model: type[Model]) -> bytes:
     """SHA-256 of the register tables: what `Ready` says, so that two ends know they mean the same device."""
+    kind: Any = model
+    return _digest(kind)
+
+
+@cache
+def _digest(model: type[Model]) -> bytes:
     tables = [(t.space, t.size, t.hole, [astuple(r) for r in t.registers]) for t in model.TABLES]
     return hashlib.sha256(repr(tables).encode()).digest()
 

@@ -10,6 +10,7 @@ Left out: versions; a field added or removed makes older states invalid, on purp
 from __future__ import annotations
 
 import json
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
@@ -69,6 +70,15 @@ def unpack(cls: type[T], data: bytes) -> T:
     kind: Any = cls
     state: T = _builder(kind)(top[cls.__name__], cls.__name__)
     return state
+
+
+@cache
+def prepare(model: type[Any]) -> None:
+    """Find out now what `pack` and `unpack` must know of a model's states: its modules' own ...State."""
+    for base in model.__mro__:
+        for name, kind in vars(sys.modules[base.__module__]).items():
+            if name.endswith("State") and kind.__module__ == base.__module__:
+                _builder(kind)
 
 
 def check(state: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from devproc import child, regs, state
 from devproc.catalog import CATALOG
 from devproc.wire import STATE_MAX, Space
 
@@ -71,6 +72,19 @@ def test_a_restored_device_goes_on_as_the_saved_one(bench: Any, name: str, befor
     assert second.model.save() == saved
     assert play(second, after) == play(first, after)
     assert second.model.save() == first.model.save()
+
+
+@every_device
+def test_what_each_of_a_kind_would_find_out_is_found_out_as_it_is_loaded(bench: Any, name: str) -> None:
+    model = bench(name).model
+    caches = state._builder, state.prepare, regs._digest
+    for cached in caches:
+        cached.cache_clear()
+    loaded = child.load(CATALOG[name])
+    found_out = [cached.cache_info().misses for cached in caches]
+    model.restore(model.save())
+    regs.digest(loaded)
+    assert [cached.cache_info().misses for cached in caches] == found_out
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if CATALOG[n].module == "devproc.devices.serial"])
