@@ -1,12 +1,13 @@
 /* The device's end of a split virtqueue (_ring.h) as Python's type `Ring`, a `chain.Queue`.  It is in C because the
  * walk of Python's split.SplitQueue, its reference, is most of what a request costs a device process; without Python
- * it is fuzzed as a whole (integration/fuzz/ring.c).
+ * it is fuzzed as a whole (integration/fuzz/ring.c).  What needs no Python at all is served at once (_batch.h).
  *
  * Left out: doubts about the arguments of `Ring`, which split.py has checked. */
+#define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "_ring.h"
+#include "_batch.h"
 
 enum { CHAIN_ID = 0, CHAIN_WRITE_SIZE = 4, CHAIN_FIELDS = 6 }; /* of chain.Chain */
 
@@ -214,6 +215,24 @@ static PyObject *ring_wants(Ring *self, PyObject *none)
     return PyBool_FromLong(ring_wants_interrupt(&self->ring));
 }
 
+static PyObject *ring_transfer_plain(Ring *self, PyObject *args)
+{
+    struct disk disk;
+    struct turn turn = {0};
+    unsigned long long size, left, least;
+    int writable;
+    if (!PyArg_ParseTuple(args, "iKpKK", &disk.fd, &size, &writable, &left, &least))
+        return NULL;
+    disk.size = size;
+    disk.writable = writable;
+    turn.left = left;
+    turn.least = least;
+    Py_BEGIN_ALLOW_THREADS
+    ring_transfer(&self->ring, &disk, &turn);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("KII", (unsigned long long)turn.left, turn.reads, turn.writes);
+}
+
 static PyObject *ring_size(Ring *self, void *none)
 {
     (void)none;
@@ -234,6 +253,7 @@ static PyMethodDef ring_methods[] = {
     {"push", (PyCFunction)(void (*)(void))ring_push, METH_FASTCALL, NULL},
     {"push_together", (PyCFunction)ring_push_together, METH_O, NULL},
     {"wants_interrupt", (PyCFunction)ring_wants, METH_NOARGS, NULL},
+    {"transfer", (PyCFunction)ring_transfer_plain, METH_VARARGS, NULL},
     {0},
 };
 

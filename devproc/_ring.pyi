@@ -1,4 +1,4 @@
-"""The interface of _ring.c; what each does is said in virtio/chain.py, at `Queue`."""
+"""The interface of _ring.c; what `Ring` does is said in virtio/chain.py, at `Queue`, but for `transfer`."""
 
 from collections.abc import Sequence
 
@@ -22,5 +22,12 @@ class Ring:
     def push(self, chain: Chain, written: int) -> None: ...
     def push_together(self, used: Sequence[tuple[Chain, int]]) -> None: ...
     def wants_interrupt(self) -> bool: ...
+    def transfer(self, fd: int, size: int, writable: bool, left: int, least: int) -> tuple[int, int, int]:
+        """Serve plain reads and writes of a disk of `size` bytes: (what is left, reads, writes).
+
+        As many as there are before the first other chain, until `left` bytes were moved; each counts as `least`
+        bytes at least.
+        """
+
     @property
     def position(self) -> int: ...

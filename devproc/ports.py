@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from devproc._ring import Ring
 from devproc.vhost.message import Header
 
 Signal = Callable[[], None]
@@ -101,6 +102,13 @@ class File(Disk, Protocol):
     @property
     def length(self) -> int:
         """Where it ends, in bytes."""
+
+    def serve(self, ring: Ring, left: int, least: int, *, writable: bool) -> tuple[int, int, int]:
+        """Serve a disk's requests from the ring, as long as they are plain reads and writes that succeed.
+
+        Until `left` bytes were moved, where each request counts as `least` bytes at least.  Returns what is
+        left of them, and how many reads and writes were served.
+        """
 
 
 class Link(Protocol):

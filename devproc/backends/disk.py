@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from devproc import syscalls
+from devproc._ring import Ring
 
 SECTOR: Final = 512
 BLOCK: Final = 4096  # no host's block is larger, so direct transfers and holes are whole ones of these
@@ -75,6 +76,10 @@ class Disk:
             if self._bounce is None or e.errno != errno.EINVAL:
                 raise
             self._bounced(self._bounce, offset, data, write=True)
+
+    def serve(self, ring: Ring, left: int, least: int, *, writable: bool) -> tuple[int, int, int]:
+        """Serve the plain reads and writes at the front of `ring` in C: see `ports.File`."""
+        return ring.transfer(self._fd, self.size, writable, left, least)
 
     def flush(self) -> None:
         """Wait until everything written before is on stable storage; raises OSError."""

@@ -15,6 +15,7 @@ from struct import Struct
 from typing import Any, Final, NamedTuple
 
 from devproc import state
+from devproc._ring import Ring
 from devproc.backends.qcow2 import Qcow2
 from devproc.backends.ratelimit import RateLimit
 from devproc.catalog import BLOCK
@@ -181,6 +182,7 @@ class VirtioBlk(VirtioDevice):
             features |= F_WRITE_ZEROES | (F_DISCARD if sparse else 0)
         super().__init__(features=features, **transport)
         self._disk: Final = _image(disk, format, backing, backing_format, read_only=bool(read_only))
+        self._plain: Final = None if format or bps or iops else disk
         self._clock: Final = clock
         self._read_only: Final = bool(read_only)
         self._sparse: Final = bool(sparse)
@@ -226,6 +228,9 @@ class VirtioBlk(VirtioDevice):
             if self._limit.ready_ns > self._clock():
                 self.go_on(index, self._limit.ready_ns)
                 break
+            left = self._serve_plain(index, left)
+            if left <= 0:
+                continue
             chain = self.pop(index)
             if chain is None:
                 break
@@ -235,6 +240,16 @@ class VirtioBlk(VirtioDevice):
         self.notify(index)
 
     # -- requests
+
+    def _serve_plain(self, index: int, left: int) -> int:
+        """Have reads and writes served that need nothing but the image; what is left of the turn then."""
+        queue = self.queues[index]
+        if self._plain is None or not isinstance(queue, Ring) or not self.features & F_FLUSH:
+            return left
+        left, reads, writes = self._plain.serve(queue, left, _TURN // BATCH, writable=not self._read_only)
+        self._counts["in"] += reads
+        self._counts["out"] += writes
+        return left
 
     def _serve(self, index: int, chain: Chain) -> int:
         """Carry out one request; how many bytes it moved."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Callable
 from struct import pack
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from devproc.backends.disk import Disk
 from devproc.devices import virtio_blk as blk
@@ -16,6 +19,7 @@ from devproc.driver import PciDriver, Used
 from devproc.virtio import spec
 from devproc.virtio.chain import Span
 from devproc.virtio.device import BATCH
+from devproc.virtio.split import SplitQueue
 
 V1 = spec.F_VERSION_1
 EVERY_RING = V1 | spec.F_INDIRECT_DESC | spec.F_EVENT_IDX | spec.F_RING_PACKED
@@ -40,6 +44,13 @@ class Recorder:
     def size(self) -> int:
         return self.disk.size
 
+    def serve(self, ring: Any, left: int, least: int, *, writable: bool) -> tuple[int, int, int]:
+        if self.fails:
+            return left, 0, 0
+        left, reads, writes = self.disk.serve(ring, left, least, writable=writable)
+        self.asked += ["read"] * reads + ["write"] * writes
+        return left, reads, writes
+
     def __getattr__(self, name: str) -> Any:
         def ask(*args: Any, **kwargs: Any) -> Any:
             self.asked.append(name)
@@ -51,13 +62,19 @@ class Recorder:
 
 
 class Guest:
-    """A driver that has brought the disk up."""
+    """A driver that has brought the disk up; `plain`: what is, is served in C."""
 
-    def __init__(self, bench: Any, features: int = V1 | OURS, start: bool = True, **params: Any) -> None:
+    def __init__(
+        self, bench: Any, features: int = V1 | OURS, start: bool = True, plain: bool = True, **params: Any
+    ) -> None:
         self.bench = bench("virtio-blk", **params)
         self.model = self.bench.model
         self.image = self.bench.image
         self.disk = self.model._disk = Recorder(self.model._disk)
+        if plain and self.model._plain is not None:
+            self.model._plain = self.disk
+        elif not plain:
+            self.model._plain, self.model.make_split = None, SplitQueue
         self.driver: PciDriver = self.bench.driver()
         if start:
             self.driver.start(features)
@@ -95,9 +112,9 @@ class Guest:
         return data
 
 
-@pytest.fixture
-def guest(bench: Any) -> Guest:
-    return Guest(bench)
+@pytest.fixture(params=[True, False], ids=["C", "python"])
+def guest(bench: Any, request: pytest.FixtureRequest) -> Guest:
+    return Guest(bench, plain=request.param)
 
 
 def ranges(*segments: tuple[int, int, int]) -> bytes:
@@ -306,8 +323,8 @@ def test_a_request_without_header_or_status_stops_the_device(guest: Guest, parts
 
 
 def test_the_header_is_read_once(bench: Any) -> None:
-    """Threat 5."""
-    guest = Guest(bench)
+    """Threat 5; in C see integration/fuzz/ring.c."""
+    guest = Guest(bench, plain=False)
     copies: list[Any] = []
     memory = guest.model.memory
 
@@ -447,6 +464,105 @@ def test_a_reset_forgets_requests_that_wait(bench: Any) -> None:
     guest.driver.reset()
     guest.bench.advance(10 * S)
     assert len(guest.disk.asked) == before < 5
+
+
+class Twin:
+    """The same driver twice, of the disk in C and of the one in Python."""
+
+    def __init__(self, bench: Any, features: int, **params: Any) -> None:
+        self.guests = [Guest(bench, features, plain=plain, **params) for plain in (True, False)]
+        for guest in self.guests:
+            os.pwrite(guest.image, bytes(range(251)) * 4001, 0)
+
+    def of_each(self, what: Callable[[Guest], Any]) -> Any:
+        ours, reference = map(what, self.guests)
+        assert ours == reference
+        return ours
+
+    def batch(self, requests: list[tuple[int, int, list[int], list[int], int]]) -> None:
+        """Requests: type, sector, sizes of readable and of writable elements, and where the header is cut."""
+
+        def ask(guest: Guest) -> Any:
+            guest.queue.interrupts(1)
+            for kind, sector, out, into, cut in requests:
+                header = pack("<IIQ", kind, 0, sector & (1 << 64) - 1)
+                parts = [bytes([kind + 1]) * n for n in out]
+                headers = [header[:cut], header[cut:]] if cut else [header]
+                if guest.queue.free >= len(headers + parts + into):
+                    guest.queue.request(*headers, *parts, *into)
+            guest.bench.kick("kick", 0)
+            memory = guest.bench.memory
+            rings = memory.read(guest.driver.gpa, 64 << 10)
+            edges, said = dict(guest.bench.edges), list(guest.bench.said)
+            return guest.queue.used(), rings, edges, said, guest.model.counters(), guest.driver.status
+
+        self.of_each(ask)
+
+
+sizes = st.sampled_from([512, 512, 512, 1024, 4096, 100, 412, 1])
+requests = st.tuples(
+    st.sampled_from([IN, IN, IN, OUT, OUT, OUT, FLUSH, GET_ID, DISCARD, 2]),
+    st.sampled_from([0, 1, 7, 100, 1000, SECTORS - 8, SECTORS - 1, SECTORS, -1, 1 << 55, 1 << 63]),
+    st.lists(sizes, max_size=3),
+    st.lists(sizes, max_size=3),
+    st.sampled_from([0, 0, 0, 0, 5]),
+    st.sampled_from([[1], [1], [1], [1], [], [17]]),
+    st.booleans(),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([V1 | OURS, V1 | OURS | spec.F_EVENT_IDX, V1]),
+    st.booleans(),
+    st.lists(st.lists(requests, max_size=8), max_size=4),
+    st.integers(1, SIZE),
+)
+def test_what_is_plain_or_not_ends_the_same_in_c_and_in_python(
+    bench: Any, features: int, read_only: bool, batches: list[list[Any]], end: int
+) -> None:
+    """Answers, image, rings, interrupts, counters; also of an image that has become shorter."""
+    if read_only:
+        features &= ~(blk.F_DISCARD | blk.F_WRITE_ZEROES)
+    twin = Twin(bench, features, read_only=int(read_only))
+    for number, batch in enumerate(batches):
+        if number == 2:
+            twin.of_each(lambda guest: os.truncate(guest.image, end))
+        asked = []
+        for kind, sector, out, into, cut, status, usual in batch:
+            inward = [*(into if kind == IN or not usual else []), *status]
+            asked.append((kind, sector, out if kind == OUT or not usual else [], inward, cut))
+        twin.batch(asked)
+    twin.of_each(Guest.content)
+
+
+def test_plain_requests_are_served_without_python(guest: Guest) -> None:
+    walked = []
+    pop = guest.model.pop
+    guest.model.pop = lambda index: walked.append(chain := pop(index)) or chain
+    expected = bytearray(guest.fill())
+    for sector in range(20):
+        guest.queue.request(pack("<IIQ", OUT, 0, 2 * sector), bytes([sector]) * 512, 1)
+        guest.queue.request(pack("<IIQ", IN, 0, 2 * sector), 1024, 1, indirect=False)
+        expected[1024 * sector : 1024 * sector + 512] = bytes([sector]) * 512
+    guest.bench.kick("kick", 0)
+    used = guest.queue.used()
+    assert [u.data[:-1] for u in used[1::2]] == [expected[1024 * n : 1024 * (n + 1)] for n in range(20)]
+    assert {u.data[-1] for u in used} == {OK}
+    assert guest.content()[:SIZE] == expected
+    assert len(walked) == (1 if guest.model._plain else 41)
+
+
+def test_plain_requests_get_their_turn_and_no_more(guest: Guest) -> None:
+    """Threat 9: in number, and in bytes."""
+    for size, served in ((512, BATCH), (1 << 20, 4)):
+        header, status = guest.queue.place(pack("<IIQ", IN, 0, 0)), guest.queue.room(1)
+        for _ in range(min(served + 5, guest.queue.free // 3)):
+            guest.queue.add([header], [Span(8 << 20, size), status])
+        guest.driver.notify(0)
+        assert len(guest.queue.used()) == served
+        guest.bench.pump()
+        assert len(guest.queue.used()) == 5
 
 
 def test_every_queue_is_served(bench: Any) -> None:
