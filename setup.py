@@ -17,5 +17,8 @@ def extension(name: str, *headers: str) -> Extension:
 
 setup(
     cffi_modules=["kvmcore/_build.py:ffibuilder"],
-    ext_modules=[extension("_mailbox", "kvmcore/_mailbox.h"), extension("_ring", "devproc/_ring.h", "devproc/_batch.h")],
+    ext_modules=[
+        extension("_mailbox", "kvmcore/_mailbox.h"),
+        extension("_ring", "devproc/_ring.h", "devproc/_batch.h"),
+    ],
 )

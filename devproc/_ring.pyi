@@ -25,8 +25,8 @@ class Ring:
     def transfer(self, fd: int, size: int, writable: bool, left: int, least: int) -> tuple[int, int, int]:
         """Serve plain reads and writes of a disk of `size` bytes: (what is left, reads, writes).
 
-        As many as there are before the first other chain, until `left` bytes were moved; each counts as `least`
-        bytes at least.
+        As many as there are before the first other chain, until `left` bytes were moved; each counts as
+        `least` bytes at least.
         """
 
     @property
