@@ -3,7 +3,7 @@
 # make debian  Debian's userland on a disk, with a network and a shared directory, as an ordinary user
 # make test    everything; stock kernels boot in the testbed where this machine's /dev/kvm cannot
 # make bench   what it costs, against C baselines and QEMU; raw data and a plot in build/
-# make fuzz    the wire and the C core, FUZZ_S seconds each, from and into tests/regressions
+# make fuzz    the wire, the C core and the rings, FUZZ_S seconds each, from and into tests/regressions
 # make clean   removes what was built in the tree, not the kernels
 
 PYTHON ?= python3

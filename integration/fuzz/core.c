@@ -8,8 +8,7 @@
  * outside the data of the access is written in the run page; a look-up gives what a search through all routes
  * gives; a value fits the size that was asked for; a dead device keeps its first cause.
  *
- * Without libFuzzer (-DREPLAY): main() runs each input of a file, one a line in hexadecimal.  Left out: two
- * threads at once, which core_threads.c has. */
+ * Left out: two threads at once, which core_threads.c has. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -43,13 +42,14 @@ static long fuzz_futex(long nr, const void *word, int op, uint32_t value, const 
 #undef recv
 #undef send
 
+#include "input.h"
+
 #define PAGE 4096u
 #define RUN_SIZE (2 * PAGE)
 #define DEADLINE_MS 8 /* of the input's own time */
 #define DEVICES 4
 #define ROUTES 6
 
-static const uint8_t *input, *input_end;
 static uint64_t time_ns;
 static uint32_t fault_after; /* calls until one fails with `fault`; 0: none does */
 static int fault;
@@ -65,22 +65,7 @@ static struct kvm_coalesced_mmio_ring *ring; /* NULL: the core has none */
 static uint32_t gone[DEVICES];
 static uint32_t n_devices;
 
-#define REQUIRE(what) ((what) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what), abort()))
-
 /* ---- the input ---- */
-
-static uint8_t u8(void)
-{
-    return input < input_end ? *input++ : 0;
-}
-
-static uint64_t bits(int bytes)
-{
-    uint64_t value = 0;
-    while (bytes--)
-        value = value << 8 | u8();
-    return value;
-}
 
 /* Small numbers, and numbers near those that matter, are likelier than others. */
 static uint64_t number(void)
@@ -544,26 +529,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(run);
     return 0;
 }
-
-#ifdef REPLAY
-int main(int argc, char **argv)
-{
-    uint8_t data[PAGE];
-    char line[2 * PAGE + 2];
-    int inputs = 0;
-    FILE *file = argc == 2 ? fopen(argv[1], "r") : NULL;
-    REQUIRE(file);
-    while (fgets(line, sizeof line, file)) {
-        size_t size = strcspn(line, "\n") / 2;
-        for (size_t i = 0; i < size; i++)
-            REQUIRE(sscanf(&line[2 * i], "%2hhx", &data[i]) == 1);
-        uint8_t *exact = malloc(size); /* so that reading past it is seen */
-        memcpy(exact, data, size);
-        LLVMFuzzerTestOneInput(exact, size);
-        free(exact);
-        inputs++;
-    }
-    printf("%d inputs\n", inputs);
-    return 0;
-}
-#endif

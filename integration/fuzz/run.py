@@ -1,4 +1,4 @@
-"""`make fuzz`: `run.py [SECONDS]` fuzzes the C core, then the wire, from what tests/regressions has.
+"""`make fuzz`: `run.py [SECONDS]` fuzzes the C core, the rings in C, and the wire, from tests/regressions.
 
 A finding is printed and ends the run with status 1.  Otherwise what reached something new is kept there.
 """
@@ -14,22 +14,21 @@ from pathlib import Path
 from integration.fuzz import corpus
 
 HERE = Path(__file__).parent
-LENGTH_MAX = {"core": 512, "wire": 256}
+LENGTH_MAX = {"core": 512, "ring": 512, "wire": 256}
 
 
-def core_fuzzer(where: Path) -> list[str]:
-    """The command of the C core's fuzzer, built in `where`."""
+def c_fuzzer(name: str, where: Path) -> list[str]:
+    """The command of the fuzzer NAME.c, built in `where`."""
     clang = next((c for c in ("clang", "clang-19", "clang-16", "clang-14") if shutil.which(c)), None)
     if clang is None:
         sys.exit("no clang (Debian: clang-14 and libclang-rt-14-dev)")
     sanitizers = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
-    subprocess.run(
-        [clang, "-g", "-O1", *sanitizers, HERE / "core.c", "-o", where / "core.fuzzer"], check=True
-    )
-    return [str(where / "core.fuzzer")]
+    program = where / f"{name}.fuzzer"
+    subprocess.run([clang, "-g", "-O1", *sanitizers, HERE / f"{name}.c", "-o", program], check=True)
+    return [str(program)]
 
 
-def wire_fuzzer(_: Path) -> list[str]:
+def wire_fuzzer() -> list[str]:
     return [sys.executable, "-m", "integration.fuzz.atheris_wire"]
 
 
@@ -52,11 +51,12 @@ def fuzz(name: str, command: list[str], seconds: int, where: Path, *, minimise: 
 
 def main() -> None:
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 600
-    with tempfile.TemporaryDirectory() as name:
-        where = Path(name)
-        fuzz("core", core_fuzzer(where), seconds, where, minimise=True)
+    with tempfile.TemporaryDirectory() as directory:
+        where = Path(directory)
+        for name in ("core", "ring"):
+            fuzz(name, c_fuzzer(name, where), seconds, where, minimise=True)
         # libFuzzer minimises in a process of its own, which Atheris cannot start.
-        fuzz("wire", wire_fuzzer(where), seconds, where, minimise=False)
+        fuzz("wire", wire_fuzzer(), seconds, where, minimise=False)
 
 
 if __name__ == "__main__":

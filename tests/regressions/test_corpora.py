@@ -56,12 +56,13 @@ def built(source: str, sanitizers: str, where: Path) -> Path:
     return where / "program"
 
 
-def test_the_exit_loop_holds_for_every_input(tmp_path: Path) -> None:
-    program = built("core.c", "address,undefined", tmp_path)
-    inputs = corpus.REGRESSIONS / "core.hex"
+@pytest.mark.parametrize("name", ["core", "ring"])
+def test_what_is_in_c_holds_for_every_input(name: str, tmp_path: Path) -> None:
+    program = built(f"{name}.c", "address,undefined", tmp_path)
+    inputs = corpus.REGRESSIONS / f"{name}.hex"
     done = subprocess.run([program, inputs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{len(corpus.load('core'))} inputs\n"
+    assert done.stdout == f"{len(corpus.load(name))} inputs\n"
 
 
 def test_the_exit_loop_holds_under_threads(tmp_path: Path) -> None:
