@@ -76,6 +76,7 @@ def main(
     mode: jail.Mode | None,
 ) -> NoReturn:
     """The zygote, from its fork on; `fd` is its channel, `parent` the supervisor's pid."""
+    gc.freeze()  # as below: what is here is the supervisor's
     os.setsid()  # out of reach of the terminal's Ctrl-C and Ctrl-Z
     jail.die_with_parent()
     if os.getppid() != parent:  # it died before the line above
