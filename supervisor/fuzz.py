@@ -27,12 +27,24 @@ from devproc import jail, zygote
 from devproc.catalog import CATALOG, Entry
 from devproc.channel import ChannelClosed
 from devproc.fuzz import instrument
-from devproc.fuzz.inputs import RECORD, InputError, Rep, canonical, default_params, parse
+from devproc.fuzz.inputs import (
+    RECORD,
+    InputError,
+    Op,
+    Rep,
+    canonical,
+    default_params,
+    encode,
+    parse,
+    records,
+)
 from devproc.fuzz.page import INPUT_MAX
+from devproc.fuzz.recording import recorded
 from devproc.wire import PeerError, Ping, Pong, Scalar
 from kvmcore.errors import ConfigError
 from supervisor.findings import COMPARED, FOUND, Finding, Findings, Verdicts
 from supervisor.fuzzoptions import HANG_S
+from supervisor.recordings import expected
 from supervisor.rehearse import Rehearsal
 from supervisor.subject import Died, Subject
 
@@ -44,6 +56,8 @@ _LOOK_S: Final = 0.01  # how often the watch looks
 _INPUTS_PER_REQUEST: Final = 128
 _STATUS_S: Final = 0.5
 _SAMPLE_S: Final = 1.0  # how often an input that reached nothing new is rehearsed, too
+_SPARE: Final = 20  # times as long as comparing takes nothing is compared, where that takes long
+_RECORDED_MAX: Final = 64  # operations of an input that is recorded to be compared
 _PART: Final = 48 * RECORD.size  # of a recording, to be an input
 
 Say = Callable[[str], None]
@@ -312,7 +326,7 @@ class Campaign:
         self.say = say
         self._undo = contextlib.ExitStack()
         self.stopped = False
-        self._sampled_s = 0.0
+        self._sample_s = 0.0  # when the next one is due
         self.params = default_params(self.entry) if plan.params is None else plan.params
         try:
             self.result.blocks = instrument.blocks(self.entry)
@@ -321,7 +335,7 @@ class Campaign:
             self._undo.callback(jail.adopt_orphans, False)
             self._executors = self._zygote("devproc.fuzz.executor")
             self._rehearsal = None
-            if plan.compare and self.entry.virtio is None:  # its driver's half is on the bench alone
+            if plan.compare and recorded(self.entry):
                 self._rehearsal = Rehearsal(
                     self._zygote("devproc.fuzz.rehearsal"), self.entry, plan.mode, plan.workers + 1
                 )
@@ -433,8 +447,13 @@ class Campaign:
         for data in found:
             self.report(self._judged(data), data)
         now_s = time.monotonic()
-        if now_s - self._sampled_s >= _SAMPLE_S:
-            self._sampled_s = now_s
+        if self.entry.guest_memory:  # where one takes as long as thousands of inputs
+            if now_s >= self._sample_s:
+                self._compare(fresh[-1] if fresh else sample)
+                self._sample_s = time.monotonic() + max(_SAMPLE_S, _SPARE * (time.monotonic() - now_s))
+            return
+        if now_s >= self._sample_s:
+            self._sample_s = now_s + _SAMPLE_S
             fresh.append(sample)
         for data in fresh:
             self._compare(data)
@@ -474,16 +493,32 @@ class Campaign:
         """How the device behind the real wire differs from the bench; None: it does not.  Raises Died."""
         if self._rehearsal is None:
             return None
+        if self.entry.guest_memory:  # a record has nothing that only a bench can do
+            kept = [r for r in records(data) if r.op not in (Op.ROOM, Op.SAVE, Op.REPEAT)]
+            data = encode(kept[:_RECORDED_MAX])
         answer = self.judge.do({"mode": "trace", "input": data.hex(), **_START})
-        if "steps" not in answer:
-            return None  # an oracle's finding, which is reported as such
-        self.result.compared += 1
         rep = Rep(self.entry.name, data, self.params)
+        if "record" in answer:
+            rep, steps = expected(self._recorded(answer))
+        elif "steps" in answer:
+            steps = answer["steps"]
+        else:
+            return None  # an oracle's finding, which is reported as such, or an input that takes very long
+        self.result.compared += 1
         for kind, mailbox in (("disagree", False), ("transport", True)):
-            why = self._rehearsal.differs(rep, answer["steps"], mailbox=mailbox)
+            why = self._rehearsal.differs(rep, steps, mailbox=mailbox)
             if why is not None:
                 return Finding.of(kind, why)
         return None
+
+    def _recorded(self, answer: dict[str, Any]) -> Rep:
+        """The record of what a bench did; the process that tells it is not trusted.  Raises Died."""
+        try:
+            data = canonical(self.entry, bytes.fromhex(answer["record"]), recorded=True)
+            clock_ns, wall_ns = map(int, answer["clocks"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise Died("died", f"broke the protocol: an answer with a wrong {e!r:.100}") from None
+        return Rep(self.entry.name, data, self.params, clock_ns, wall_ns)
 
     def report(self, finding: Finding | None, data: bytes) -> None:
         """Keep what is wrong with an input, unless it is nothing or known."""

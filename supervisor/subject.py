@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import signal
@@ -20,10 +19,12 @@ from devproc.wire import ACCESS_TABLE, Done, PeerError, Read, Sender, Value, Wri
 from kvmcore.errors import VmsupError
 from kvmcore.exitloop import Core, DeviceGone, is_lost
 from kvmcore.mailbox import Mailbox
+from kvmcore.memory import GuestMemory
 from policies.syscalls import NAMES
 from supervisor.reaper import cause
 from supervisor.spawn import host_id
 
+_HIGH_GPA: Final = 1 << 32
 _READY_WITHIN_S: Final = 30.0
 _DYING_S: Final = 0.3  # between the end of its descriptors and its own
 _ASK: Final = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -51,11 +52,13 @@ class Subject:
         params: the values of its parameters.
         number: which host uid it gets as root; unlike those of others that live.
         clocks: what the clocks of a rehearsal show at first, monotonic and wall, in nanoseconds.
+        request: what stands in its page when it starts.
         mailbox: whether `read` and `write` go through its mailbox, and not over its access channel.
 
     Attributes:
         page: what it shares with us.
-        signals: our eventfds, in the order of `inputs.signals`.
+        signals, kicks: our eventfds, in the order of `inputs.signals`.
+        memory: the guest's, if the device has it.
         typed, shown: the pipes of its input and its output, ours to write and to read; -1 without.
 
     Raises:
@@ -70,6 +73,7 @@ class Subject:
         params: tuple[wire.Scalar, ...],
         number: int,
         clocks: tuple[int, int] = (0, 0),
+        request: object = None,
         mailbox: bool = False,
     ) -> None:
         self._undo = contextlib.ExitStack()
@@ -78,9 +82,10 @@ class Subject:
         self._index = 0
         self.pid = 0
         self.signals: list[int] = []
+        self.kicks: list[int] = []
         self.typed = self.shown = -1
         try:
-            self._start(nursery, entry, mode, params, number, clocks, mailbox)
+            self._start(nursery, entry, mode, params, number, clocks, request, mailbox)
         except BaseException:
             self.close()
             raise
@@ -93,6 +98,7 @@ class Subject:
         params: tuple[wire.Scalar, ...],
         number: int,
         clocks: tuple[int, int],
+        request: object,
         through_mailbox: bool,
     ) -> None:
         undo = self._undo
@@ -106,10 +112,14 @@ class Subject:
         theirs = [its_log, *mailbox.fds]
         fds = [its_log, its_access.fileno(), its_control.fileno(), *mailbox.fds]
         given = entry.check_params(params)
-        memory = sum(int(given[p.name]) for p in MEMORY_PARAMS if p.name in given)
+        if entry.guest_memory:
+            below, above = (int(given[p.name]) for p in MEMORY_PARAMS)
+            ranges = ((0, below), (_HIGH_GPA, above))
+            self.memory = GuestMemory.create([(gpa, size) for gpa, size in ranges if size])
+            undo.callback(self.memory.close)
         for d, numbers in entry.own_slots():
             for _ in numbers:
-                fds.append(self._descriptor(d.kind, theirs, memory))
+                fds.append(self._descriptor(d.kind, theirs))
         if through_mailbox:
             self._core = Core(round(_READY_WITHIN_S * 1000))
             self._index = self._core.add_device(access.fileno(), mailbox=mailbox)
@@ -117,6 +127,7 @@ class Subject:
         theirs.append(memfd)
         self.page = page.Page(memfd)
         self.page.set_clocks(*clocks)
+        self.page.ask(request)
         undo.callback(self.page.close)
         try:
             self.pid = nursery.spawn(
@@ -140,15 +151,22 @@ class Subject:
         except (zygote.SpawnError, PeerError, ChannelClosed, TimeoutError) as e:
             raise VmsupError(f"{entry.name}: {e or 'died before it was ready'}") from None
 
-    def _descriptor(self, kind: str, theirs: list[int], memory: int) -> int:
+    def _descriptor(self, kind: str, theirs: list[int]) -> int:
         """What the process is handed for one of its entry's descriptors."""
+        if kind == "memory":
+            return self.memory.fd
         if kind == "signal":
             fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self.signals.append(fd)
             self._undo.callback(os.close, fd)
             return fd
-        if kind not in ("input", "output"):  # which a bench stands in for; guest memory is real
-            fd = _stand_in(kind, memory)
+        if kind == "kick":
+            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self.kicks.append(fd)
+            self._undo.callback(os.close, fd)
+            return fd
+        if kind not in ("input", "output"):  # which a bench stands in for
+            fd = _stand_in(kind)
             theirs.append(fd)
             return fd
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -257,14 +275,8 @@ def _gone() -> Iterator[None]:
         raise PeerError(e.cause) from None
 
 
-def _stand_in(kind: str, memory: int) -> int:
-    """A descriptor for a port that an executor does not use, or for guest memory of so many bytes."""
-    if kind == "kick":
-        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+def _stand_in(kind: str) -> int:
+    """A descriptor for a port that the process does not use."""
     if kind == "directory":
         return os.open(os.path.dirname(__file__), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    fd = os.memfd_create(kind, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    if kind == "memory":
-        os.ftruncate(fd, memory)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return fd
+    return os.memfd_create(kind, os.MFD_CLOEXEC)

@@ -10,7 +10,8 @@ Requests are objects with "mode":
 
     mutate  "inputs" join the corpus, "count" inputs are made and run: "new", "found", "sample", "runs"
     exact   "inputs" are run as they are: for each its "blocks", and its finding or none in "found"
-    trace   "input" is run on a new model from "clock" and "wall": "steps", or "found"
+    trace   "input" is run on a new model from "clock" and "wall": "steps", or with guest memory "record", the
+            conversation with its driver (recording.py), or "found"
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from devproc.fuzz.finding import Finding
 from devproc.fuzz.inputs import RECORD, Op, canonical
 from devproc.fuzz.mutate import Mutator
 from devproc.fuzz.page import Page
+from devproc.fuzz.private import new_copy
+from devproc.fuzz.recording import HEAD, RECORDS_AT, on_bench
 from devproc.ports import Device
 from devproc.wire import PeerError, Ping, Pong, Stop
 from kvmcore.memory import GuestMemory
@@ -42,6 +45,7 @@ _REPLY_INPUTS: Final = 256  # in one answer
 _CHECK_EVERY: Final = 512  # inputs; what reaches something new is always checked
 _RESTART: Final = bytes([Op.RESTART])
 _STARTS_MAX: Final = 96  # marks of the bench, each a copy of the rings
+_RECORD_MAX: Final = 1 << 20
 _FRAMES: Final = 3  # of a traceback that tell findings apart
 
 
@@ -103,6 +107,7 @@ class Executor:
                 below, above = (params[p.name] for p in MEMORY_PARAMS)
                 assert isinstance(below, int) and isinstance(above, int)
                 self._memory = memory.attach(fds[0], below, above)
+                self._copy = new_copy(below + above)  # which nobody can make later
         self._control = control
         self._access = access  # held open as every device holds it
         loaded = [sys.modules[name] for name in instrument.modules(entry)]
@@ -199,12 +204,23 @@ class Executor:
     def _trace(self, asked: dict[str, Any]) -> dict[str, Any]:
         data = canonical(self._entry, bytes.fromhex(asked["input"]))
         self._begin(data)
-        bench = Bench(self._entry, self._model, self._params, asked["clock"], asked["wall"], self._memory)
+        record = bytearray(_RECORD_MAX)
+        model: Any = self._model
+        if self._memory is not None:
+            self._memory.write(0, bytes(self._memory.size))
+            self._copy[:] = bytes(len(self._copy))
+            model = functools.partial(
+                on_bench, record, self._entry, model, copy=self._copy, alive=self._alive
+            )
         steps: list[Step] = []
         try:
+            bench = Bench(self._entry, model, self._params, asked["clock"], asked["wall"], self._memory)
             bench.run(data, steps)
         except Exception as e:
             return {"found": describe(e)}
+        if self._memory is not None:
+            size, *clocks, full = HEAD.unpack_from(record)
+            return {} if full else {"record": record[RECORDS_AT : RECORDS_AT + size].hex(), "clocks": clocks}
         return {"steps": [[s.value, sorted(s.raised.items()), s.sent.hex()] for s in steps]}
 
     # -- one input

@@ -19,6 +19,15 @@ gives the other back.  A recording also says what the device answered, in record
     save                            # save, then restore what was saved; once in an input
     raised irq 1                    # recorded: edges since the last operation but these
     sent 6f6b                       # recorded: bytes to the host
+
+A recording of a device with guest memory has these besides.  What follows an operation belongs to it:
+
+    event kick.0 0                  # a port to the host calls the device: which of the functions it was told
+    memory 0x1000 0100              # what the guest has written by now, where the device looks
+    memory.2 0x1000 0200            # and by the second time that the device orders its stores and loads
+    gave disk 0x8a3f12c5 00ff       # a port of the host was asked (a checksum of what) and gave bytes,
+    gave output.0 0x8a3f12c5 = 5    # or a number, or =yes, =no, =none; or failed: ! 5 is errno
+    wrote 0x2000 0100               # what the device has written that was not there
 """
 
 from __future__ import annotations
@@ -42,6 +51,7 @@ PORTS_MAX: Final = 4  # of one kind: INPUT of a virtio device says which
 QUEUE_SHIFT_MAX: Final = 4
 """log2 of the largest queue: small ones wrap around sooner."""
 START_CHOICES: Final = 32  # how a RESTART may start the device: bits that guest.py explains
+_EVENTS_MAX: Final = 4  # functions that a port is told
 CHUNK: Final = 8  # bytes that one DATA record holds
 CLOCK_START_NS: Final = 5_000_000_000_000
 WALL_START_NS: Final = 1_700_000_000_000_000_000  # 2023-11-14 22:13:20 UTC
@@ -73,8 +83,13 @@ class Op(enum.IntEnum):
     SET = 12  # aux: which setting, data: its value
     RAISED = 0x40  # aux: which signal, data: how often
     SENT = 0x41  # the bytes went to the host
+    EVENT = 0x42  # aux: which port, offset: which of its functions is called
+    MEMORY = 0x43  # the bytes are in guest memory at `data`; offset: at first (0), or from which fence on
+    GAVE = 0x44  # aux: which port, size: a Gave, offset: what it was asked, data: what it gave if not bytes
+    WROTE = 0x45  # the bytes were written to `data`
 
 
+_WITH_BYTES: Final = (Op.INPUT, Op.CHAIN, Op.SENT, Op.MEMORY, Op.GAVE, Op.WROTE)
 STIMULI: Final = tuple(op for op in Op if op < Op.RAISED)
 
 
@@ -93,6 +108,17 @@ class Twist(enum.IntEnum):
     HEAD = 9  # a first descriptor that does not exist
     HUGE = 10  # a length of 4 GiB - 1
     RING = 11  # the buffer is the ring
+
+
+class Gave(enum.IntEnum):
+    """What sort of answer a port of the host gave."""
+
+    BYTES = 0
+    NUMBER = 1
+    ERROR = 2
+    NO = 3
+    YES = 4
+    NONE = 5
 
 
 class Record(NamedTuple):
@@ -163,6 +189,17 @@ def signals(entry: Entry) -> list[str]:
     ]
 
 
+def ports(entry: Entry) -> list[str]:
+    """The names of an entry's ports to the host, as of `signals`; EVENT and GAVE count them from 0."""
+    own = [
+        d.name if d.count is None else f"{d.name}.{i}"
+        for d, fds in entry.own_slots()
+        if d.kind not in ("signal", "memory")
+        for i in range(len(fds))
+    ]
+    return [*own, *(s for s in entry.sources if s == "entropy")]
+
+
 def default_params(entry: Entry) -> tuple[Scalar, ...]:
     """The values that a device is fuzzed with."""
     given = {**PARAMS, "mem_below_4g": GUEST_SIZE} if entry.guest_memory else PARAMS
@@ -183,7 +220,7 @@ def canonical(entry: Entry, data: bytes, *, recorded: bool = False) -> bytes:
             continue
         kept = _canonical(entry, r, recorded)
         if kept is not None:
-            if kept.op in (Op.INPUT, Op.CHAIN, Op.SENT):
+            if kept.op in _WITH_BYTES:
                 found += chunks(pending)
                 pending = b""
             found.append(kept)
@@ -206,7 +243,7 @@ def _canonical(entry: Entry, r: Record, recorded: bool) -> Record | None:
                 return Record(op, space, size, 0, offset, value)
             known = recorded and r.aux == 1
             return Record(op, space, size, int(known), offset, value if known else 0)
-        case Op.CLOCK if "clock" in entry.sources or "wall" in entry.sources:
+        case Op.CLOCK if recorded or "clock" in entry.sources or "wall" in entry.sources:
             return Record(op, data=r.data % CLOCK_MAX_NS)
         case Op.WALL if "wall" in entry.sources:
             return Record(op, data=r.data)
@@ -233,6 +270,13 @@ def _canonical(entry: Entry, r: Record, recorded: bool) -> Record | None:
             return Record(op, aux=r.aux, data=r.data)
         case Op.SENT if "output" in kinds:
             return Record(op)
+        case Op.EVENT if entry.guest_memory and r.aux < len(ports(entry)) and r.offset < _EVENTS_MAX:
+            return Record(op, space=r.space & 1, aux=r.aux, offset=r.offset)
+        case Op.MEMORY | Op.WROTE if entry.guest_memory:
+            return Record(op, offset=r.offset if op == Op.MEMORY else 0, data=r.data)
+        case Op.GAVE if entry.guest_memory and r.aux < len(ports(entry)) and r.size < len(Gave):
+            value = r.data if r.size in (Gave.NUMBER, Gave.ERROR) else 0
+            return Record(op, size=r.size, aux=r.aux, offset=r.offset, data=value)
     return None
 
 
@@ -281,6 +325,23 @@ def to_text(rep: Rep) -> str:
                 words += [entry.settings[r.aux].name, str(r.data)]
             case Op.RAISED:
                 words += [names[r.aux], str(r.data)]
+            case Op.EVENT:
+                words[0] += ".1" if r.space else ""
+                words += [ports(entry)[r.aux], str(r.offset)]
+            case Op.MEMORY | Op.WROTE:
+                words[0] += f".{r.offset}" if r.offset else ""
+                words += [f"{r.data:#x}", pending.hex()]
+                pending = b""
+            case Op.GAVE:
+                words += [ports(entry)[r.aux], f"{r.offset:#x}"]
+                match r.size:
+                    case Gave.BYTES:
+                        words += [pending.hex()] if pending else []
+                    case Gave.NUMBER | Gave.ERROR:
+                        words += ["=" if r.size == Gave.NUMBER else "!", str(r.data)]
+                    case _:
+                        words.append(f"={Gave(r.size).name.lower()}")
+                pending = b""
         lines.append(" ".join(words))
     return "\n".join(lines) + "\n"
 
@@ -371,6 +432,24 @@ def _parsed(entry: Entry, words: list[str]) -> list[Record]:
         case Op.RAISED:
             name, number = values
             record = Record(op, aux=signals(entry).index(name), data=int(number))
+        case Op.EVENT:
+            name, number = values
+            record = Record(op, int(port or "0"), aux=ports(entry).index(name), offset=int(number))
+        case Op.MEMORY | Op.WROTE:
+            gpa, *parts = values
+            found += chunks(bytes.fromhex("".join(parts)))
+            record = Record(op, offset=int(port or "0"), data=int(gpa, 16))
+        case Op.GAVE:
+            name, asked, *answer = values
+            record = Record(op, aux=ports(entry).index(name), offset=int(asked, 16))
+            match answer:
+                case ["=" | "!" as sign, number]:
+                    kind = Gave.NUMBER if sign == "=" else Gave.ERROR
+                    record = record._replace(size=kind, data=int(number))
+                case ["=yes" | "=no" | "=none" as word]:
+                    record = record._replace(size=Gave[word[1:].upper()])
+                case _:
+                    found += chunks(bytes.fromhex("".join(answer)))
         case Op.SAVE if not values:
             record = Record(op)
         case _:

@@ -20,15 +20,16 @@ from devproc.wire import PeerError
 
 INPUT_MAX: Final = RECORDS_MAX * RECORD.size
 _HEAD: Final = Struct("<QI")  # inputs begun, length of the last one
-_CLOCKS: Final = Struct("<qq")  # monotonic, wall
+_CLOCKS: Final = Struct("<qqQ")  # monotonic, wall, which operation
 _BEAT: Final = Struct("<Q")
 _HEAD_AT: Final = BLOCKS_MAX
 _BEAT_AT: Final = _HEAD_AT + 16
 _CLOCKS_AT: Final = _HEAD_AT + 32
 _INPUT_AT: Final = _HEAD_AT + 64
 _REQUEST_AT: Final = _INPUT_AT + INPUT_MAX
+_REQUEST_MAX: Final = 64 << 20  # what a disk gives in one operation; only what is used takes memory
+_REPLY_AT: Final = _REQUEST_AT + _REQUEST_MAX
 _TEXT_MAX: Final = 4 << 20
-_REPLY_AT: Final = _REQUEST_AT + _TEXT_MAX
 _LENGTH: Final = Struct("<I")
 SIZE: Final = -(-(_REPLY_AT + _TEXT_MAX) // mmap.PAGESIZE) * mmap.PAGESIZE
 
@@ -56,11 +57,11 @@ class Page:
 
     def request(self) -> Any:
         """What was asked."""
-        return self._get(_REQUEST_AT)
+        return self._get(_REQUEST_AT, _REQUEST_MAX)
 
     def reply(self, answer: object) -> None:
         """Answer; see `fits`."""
-        self._put(_REPLY_AT, answer)
+        self._put(_REPLY_AT, _TEXT_MAX, answer)
 
     def clock(self) -> int:
         """The monotonic clock of a rehearsal, in nanoseconds."""
@@ -72,6 +73,11 @@ class Page:
         now: int = _CLOCKS.unpack_from(self.map, _CLOCKS_AT)[1]
         return now
 
+    def operation(self) -> int:
+        """The number of a rehearsal's operation, for which a request stands there."""
+        number: int = _CLOCKS.unpack_from(self.map, _CLOCKS_AT)[2]
+        return number
+
     # -- the fuzzer's end
 
     def pulse(self) -> tuple[int, int]:
@@ -80,7 +86,7 @@ class Page:
 
     def ask(self, what: object) -> None:
         """Put a request there."""
-        self._put(_REQUEST_AT, what)
+        self._put(_REQUEST_AT, _REQUEST_MAX, what)
 
     def answer(self) -> dict[str, Any]:
         """The reply.
@@ -89,7 +95,7 @@ class Page:
             PeerError: it is not one.
         """
         try:
-            answer = self._get(_REPLY_AT)
+            answer = self._get(_REPLY_AT, _TEXT_MAX)
         except (ValueError, RecursionError) as e:
             raise PeerError(f"a reply that is none: {type(e).__name__}") from None
         if type(answer) is not dict:
@@ -101,25 +107,25 @@ class Page:
         number, size = _HEAD.unpack_from(self.map, _HEAD_AT)
         return number, self.map[_INPUT_AT : _INPUT_AT + min(size, INPUT_MAX)]
 
-    def set_clocks(self, clock_ns: int, wall_ns: int) -> None:
-        """Set what the clocks of a rehearsal show."""
-        _CLOCKS.pack_into(self.map, _CLOCKS_AT, clock_ns, wall_ns)
+    def set_clocks(self, clock_ns: int, wall_ns: int, operation: int = 0) -> None:
+        """Set what the clocks of a rehearsal show, and which operation it is in."""
+        _CLOCKS.pack_into(self.map, _CLOCKS_AT, clock_ns, wall_ns, operation)
 
     def close(self) -> None:
         """Unmap it."""
         self.map.close()
 
-    def _put(self, at: int, what: object) -> None:
+    def _put(self, at: int, limit: int, what: object) -> None:
         text = json.dumps(what, separators=(",", ":")).encode()
-        if len(text) > _TEXT_MAX - _LENGTH.size:
-            raise ValueError(f"{len(text)} bytes for a page of the fuzzer, at most {_TEXT_MAX}")
+        if len(text) > limit - _LENGTH.size:
+            raise ValueError(f"{len(text)} bytes for a page of the fuzzer, at most {limit}")
         _LENGTH.pack_into(self.map, at, len(text))
         self.map[at + _LENGTH.size : at + _LENGTH.size + len(text)] = text
 
-    def _get(self, at: int) -> Any:
+    def _get(self, at: int, limit: int) -> Any:
         (size,) = _LENGTH.unpack_from(self.map, at)
         start = at + _LENGTH.size
-        return json.loads(self.map[start : start + min(size, _TEXT_MAX - _LENGTH.size)])
+        return json.loads(self.map[start : start + min(size, limit - _LENGTH.size)])
 
 
 def create() -> int:

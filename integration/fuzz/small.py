@@ -22,7 +22,10 @@ from supervisor.fuzz import Campaign, Plan
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a campaign came to: (kind, why) of each finding, and how many blocks it reached of how many."""
+    """What a campaign came to: (kind, why) of each finding, and how many blocks it reached of how many.
+
+    `compared`: how many inputs were held behind the real wire, too.
+    """
 
     findings: list[tuple[str, str]]
     exit_code: int
@@ -30,6 +33,7 @@ class Outcome:
     seconds: float
     covered: int
     blocks: int
+    compared: int
 
 
 def campaign(where: Path, device: str, *, bug: str = "", changes: Changes = (), **plan: Any) -> Outcome:
@@ -65,7 +69,7 @@ def main() -> int:
             print(e, file=sys.stderr)
             return 1
     found = [(f.kind, f.why) for f in result.findings]
-    reached = len(result.covered), len(result.blocks)
+    reached = len(result.covered), len(result.blocks), result.compared
     print(json.dumps(asdict(Outcome(found, result.exit_code, result.runs, result.seconds, *reached))))
     return 0
 

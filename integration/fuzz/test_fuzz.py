@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from devproc.catalog import CATALOG
+from devproc.fuzz.recording import recorded
 from integration.fuzz.seeded import BUGS
 from integration.fuzz.small import campaign
 from integration.ordinary import ROOT, as_user
@@ -30,6 +31,7 @@ def test_a_shipped_device_is_fuzzed_in_its_jail_and_nothing_is_found(device: str
     assert result.findings == []
     assert result.runs >= RUNS
     assert result.covered > result.blocks // 3
+    assert bool(result.compared) == recorded(CATALOG[device])
 
 
 def test_an_ordinary_user_can_fuzz(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ from devproc.fuzz.inputs import (
 )
 from devproc.wire import Space
 
-NAMES = ("serial", "rtc", "i8042", "pit", "pci-host", "acpi-pm", "pvpanic")
+NAMES = ("serial", "rtc", "i8042", "pit", "pci-host", "acpi-pm", "pvpanic", "virtio-net")
 relaxed = settings(max_examples=60, deadline=None)
 # Mostly operations that exist, so that what is kept is not mostly nothing.
 some_records = st.lists(
     st.builds(
         Record,
-        st.sampled_from([*STIMULI, Op.RAISED, Op.SENT]) | st.integers(0, 255),
+        st.sampled_from(list(Op)) | st.integers(0, 255),
         st.integers(0, 9),
         st.integers(0, 9),
         st.integers(0, 2),

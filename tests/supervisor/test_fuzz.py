@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import sys
 import xml.etree.ElementTree as ET
@@ -16,6 +17,7 @@ from devproc import jail
 from devproc.catalog import CATALOG
 from devproc.fuzz import instrument
 from devproc.fuzz.inputs import RECORD, Op, Record, Rep, default_params, encode, parse, records, to_text
+from devproc.fuzz.recording import recorded
 from devproc.mailbox import Mailbox
 from devproc.ports import Device
 from integration.fuzz.seeded import BUGS, Bug, plant, plant_bug
@@ -165,6 +167,15 @@ def test_the_bench_is_the_device_behind_the_wire(tmp_path: Path) -> None:
             assert campaign.result.compared == 1
 
 
+@pytest.mark.parametrize("device", [e.name for e in CATALOG.values() if e.guest_memory and recorded(e)])
+def test_the_bench_is_the_device_with_guest_memory_behind_the_wire(device: str, tmp_path: Path) -> None:
+    head = to_text(Rep(device, b"", default_params(CATALOG[device])))
+    lines = "chain 0 16 0 64 1 plain 00\nkick 0\nsave\nrestart 0x8 3\nchain 0 0 0 64 0 loop\nkick 0\n"
+    with Campaign(Plan(device, crashes=tmp_path, mode=jail.Mode.NONE), nothing) as campaign:
+        assert campaign.compare(parse(head + lines).data) is None
+        assert campaign.result.compared == 1
+
+
 def test_a_device_that_differs_behind_the_wire_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,8 +193,29 @@ def test_a_device_that_differs_behind_the_wire_is_a_finding(
     assert record.offset <= 4 < record.offset + record.size
 
 
-def test_what_differs_through_the_mailbox_alone_is_a_finding(
+def test_a_device_with_guest_memory_that_differs_behind_the_wire_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = "            self.push(index, chain, len(data))\n"
+    wrong = "            self.push(index, chain, len(data) - ('__cov__' in globals()))\n"
+    plant("virtio-rng", ((right, wrong),), "fuzzed_rng_differs", tmp_path, monkeypatch)
+    data = SHOWN_BY["completed-twice"]
+    with Campaign(Plan("virtio-rng", crashes=tmp_path, mode=jail.Mode.NONE), nothing) as campaign:
+        campaign.report(campaign.verdict(data), data)
+        (finding,) = campaign.result.findings
+    assert finding.kind == "disagree"
+    assert re.match(r"operation \d+, kick.0 calls: memory at 0x\w+ is 40", finding.why)  # 64 bytes, not 63
+
+
+@pytest.mark.parametrize(
+    ("device", "data"),
+    [
+        ("i8042", encode([Record(Op.WRITE, size=1, offset=1, data=1), Record(Op.READ, size=1, offset=1)])),
+        ("virtio-rng", SHOWN_BY["completed-twice"]),
+    ],
+)
+def test_what_differs_through_the_mailbox_alone_is_a_finding(
+    device: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def serve(mailbox: Mailbox, device: Device, most: int) -> int:
         def write(space: int, offset: int, size: int, data: int) -> None:
@@ -192,8 +224,7 @@ def test_what_differs_through_the_mailbox_alone_is_a_finding(
         return mailbox._end.serve(device.read, write, most) or 0
 
     monkeypatch.setattr(Mailbox, "serve", serve)
-    data = encode([Record(Op.WRITE, size=1, offset=1, data=1), Record(Op.READ, size=1, offset=1)])
-    with Campaign(Plan("i8042", crashes=tmp_path, mode=jail.Mode.NONE), nothing) as campaign:
+    with Campaign(Plan(device, crashes=tmp_path, mode=jail.Mode.NONE), nothing) as campaign:
         campaign.report(campaign.verdict(data), data)
         (finding,) = campaign.result.findings
     assert finding.kind == "transport"
