@@ -1,9 +1,11 @@
 """A disk (virtio 1.2, section 5.2).
 
 Requests are served one after the other, each before the next is looked at, so nothing is in flight between
-two calls.  Left out: CONFIG_WCE, because whether a host's cache may be relied on is not the guest's to say;
-TOPOLOGY and GEOMETRY, which describe hardware that is not there; SECURE_ERASE, which a file cannot promise;
-LIFETIME and ZONED; and the legacy interface.
+two calls.  Reads and writes of a raw image without limits are served in C (devproc/_batch.h), which has split
+rings alone, as long as nothing is wrong with them; whatever is different or fails is decided here.  Left out:
+CONFIG_WCE, because whether a host's cache may be relied on is not the guest's to say; TOPOLOGY and GEOMETRY,
+which describe hardware that is not there; SECURE_ERASE, which a file cannot promise; LIFETIME and ZONED; and
+the legacy interface.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from devproc.ports import Clock, Disk, File
 from devproc.regs import Register
 from devproc.virtio.chain import Chain, Span, part
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
+from devproc.virtio.spec import F_RING_PACKED
 
 # 5.2.3 Feature bits
 F_SIZE_MAX: Final = 1 << 1
@@ -180,9 +183,11 @@ class VirtioBlk(VirtioDevice):
             features |= F_RO
         else:
             features |= F_WRITE_ZEROES | (F_DISCARD if sparse else 0)
-        super().__init__(features=features, **transport)
+        plain = not (format or bps or iops)
+        # A driver prefers the packed ring wherever it is offered.
+        super().__init__(features=features, withheld=F_RING_PACKED if plain else 0, **transport)
         self._disk: Final = _image(disk, format, backing, backing_format, read_only=bool(read_only))
-        self._plain: Final = None if format or bps or iops else disk
+        self._plain: Final = disk if plain else None
         self._clock: Final = clock
         self._read_only: Final = bool(read_only)
         self._sparse: Final = bool(sparse)

@@ -231,6 +231,7 @@ class VirtioDevice(Model):
 
     Args:
         features: what the model offers beyond the transport's own.
+        withheld: what of the transport's own it does not offer.
 
     Ports:
         memory: guest memory.
@@ -263,7 +264,7 @@ class VirtioDevice(Model):
 
     VIRTIO: ClassVar[Virtio]
     TRANSPORT: ClassVar[int] = spec.F_VERSION_1 | spec.F_INDIRECT_DESC | spec.F_EVENT_IDX | spec.F_RING_PACKED
-    """The features that this class sees to, which every model has."""
+    """The features that this class sees to."""
 
     def __init__(
         self,
@@ -275,6 +276,7 @@ class VirtioDevice(Model):
         kick: Sequence[Kick],
         log: Say,
         features: int = 0,
+        withheld: int = 0,
     ) -> None:
         super().__init__()
         self.memory: Final = memory
@@ -284,7 +286,7 @@ class VirtioDevice(Model):
         self._irq: Final = irq
         self._intx: Final = intx
         self._log: Final = log
-        self._offered: Final = features | self.TRANSPORT
+        self._offered: Final = features | self.TRANSPORT & ~withheld
         self._status = 0
         self._vector = spec.MSI_NO_VECTOR
         self._generation = 0

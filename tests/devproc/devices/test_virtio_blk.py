@@ -157,12 +157,18 @@ def test_features_are_what_the_image_allows(bench: Any, params: Any, offered: in
     assert not features & not_offered
 
 
+@pytest.mark.parametrize("params", [{}, {"iops": 1 << 30}, {"bps": 1 << 30}])
+def test_packed_rings_are_offered_where_requests_are_served_in_python(bench: Any, params: Any) -> None:
+    guest = Guest(bench, start=False, **params)
+    assert bool(guest.driver.offered() & spec.F_RING_PACKED) == bool(params) == (guest.model._plain is None)
+
+
 # -- requests
 
 
 @pytest.mark.parametrize("features", [V1 | OURS, EVERY_RING | OURS], ids=["split", "packed"])
 def test_what_is_written_is_in_the_image_and_read_back(bench: Any, features: int) -> None:
-    guest = Guest(bench, features)
+    guest = Guest(bench, features, iops=1 << 30 if features & spec.F_RING_PACKED else 0)
     expected = bytearray(guest.fill())
     data = os.urandom(3 * 512)
     guest.ask(OUT, 100, data)
