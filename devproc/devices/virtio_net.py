@@ -2,7 +2,7 @@
 
 The host's end is a `Link`: a tap with checksum and segmentation offload, or a stream of plain frames.  Left
 out: UDP segmentation (UFO, USO), receive-side scaling and hash reports, VLAN filtering (every tag passes),
-CTRL_RX_EXTRA, announcements, speed and duplex, coalescing, and the legacy interface.
+CTRL_RX_EXTRA, announcements, speed and duplex, coalescing, packed rings, and the legacy interface.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from devproc.regs import Register
 from devproc.state import Length, Range
 from devproc.virtio.chain import Chain, Span, part
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
+from devproc.virtio.spec import F_RING_PACKED
 
 # 5.1.3 Feature bits
 F_CSUM: Final = 1 << 0
@@ -180,6 +181,7 @@ class VirtioNet(VirtioDevice):
             | (_OFFLOADS if link[0].offloads else 0)
             | (F_MTU if mtu else 0)
             | (F_MQ if pairs > 1 else 0),
+            withheld=F_RING_PACKED,  # a driver prefers them, and only split rings are in C
             **transport,
         )
         self._links: Final = link[:pairs]

@@ -61,7 +61,7 @@ def test_a_disk_and_random_numbers_are_recorded_with_what_the_guest_has_in_memor
     memory = RemoteMemory(guest)
     for slot, parts in ((1, (16,)), (2, (HEADER.pack(Type.IN, 0, 3), 512, 1))):
         driver = PciDriver(RemoteFunction(guest, slot), memory, RINGS + slot * RINGS)  # type: ignore[arg-type]
-        driver.start(spec.F_VERSION_1 | (spec.F_RING_PACKED if slot == 2 else 0), size=8, enabled=1)
+        driver.start(spec.F_VERSION_1 | (spec.F_RING_PACKED if slot == 1 else 0), size=8, enabled=1)
         for _ in range(3):
             driver.queues[0].request(*parts)
             driver.notify(0)
