@@ -42,6 +42,7 @@ _NAMESPACES: Final = (
 )
 # capabilities(7): NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE, each with its lock, and KEEP_CAPS' lock.
 _SECUREBITS: Final = 0x03 | 0x0C | 0x20 | 0xC0
+_ROOM: Final = 1 << 16  # bytes; less than malloc maps by themselves
 _NEW_ROOT: Final = "/proc"  # where the new root is mounted: any directory every host has
 _READ_BENEATH: Final = syscalls.LANDLOCK_ACCESS_FS_READ_FILE | syscalls.LANDLOCK_ACCESS_FS_READ_DIR
 _WRITE_BENEATH: Final = (
@@ -299,9 +300,10 @@ def _landlock(ctx: Context) -> None:
 def _seccomp(ctx: Context) -> None:
     assert ctx.filters is not None and ctx.control is not None
     first, second = ctx.filters
+    frame = ctx.control.frame(Listener())
+    bytes(_ROOM)  # malloc keeps it: a recorder's filter asks about brk, too, and nobody answers it yet
     listener = syscalls.seccomp_load(first, syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER)
     # The mark tells these calls from the same ones made later, which the listener is told of.
-    frame = ctx.control.frame(Listener())
     syscalls.send_descriptor(ctx.control.fileno(), frame, listener, SETUP_MARK)
     syscalls.close(listener, SETUP_MARK)
     syscalls.limit(resource.RLIMIT_NOFILE, ctx.entry.descriptors_max, SETUP_MARK)
