@@ -43,6 +43,9 @@ class DeviceDied(VmsupError):
         self.cause = cause
         self.refused = refused
 
+    def __reduce__(self) -> tuple[type[DeviceDied], tuple[str, str, Refused | None]]:
+        return DeviceDied, (self.name, self.cause, self.refused)  # another process may be told
+
 
 @dataclass(frozen=True)
 class Fate:

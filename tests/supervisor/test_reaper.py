@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 
 import pytest
@@ -62,3 +63,8 @@ def test_without_children_there_is_no_news():
 def test_a_dead_device_is_a_crash_with_its_name_and_cause():
     died = DeviceDied("serial1", "killed by SIGKILL")
     assert (died.exit_code, str(died)) == (33, "serial1: killed by SIGKILL")
+
+
+def test_a_death_can_be_told_to_another_process():
+    told = pickle.loads(pickle.dumps(DeviceDied("rtc", "killed by SIGKILL")))
+    assert (str(told), told.name, told.cause) == ("rtc: killed by SIGKILL", "rtc", "killed by SIGKILL")
