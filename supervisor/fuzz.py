@@ -19,15 +19,16 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from devproc import jail, zygote
-from devproc.catalog import CATALOG, Entry
+from devproc.catalog import CATALOG, MEMORY_PARAMS, Entry
 from devproc.channel import ChannelClosed
 from devproc.fuzz import instrument
 from devproc.fuzz.inputs import (
+    GUEST_SIZE,
     RECORD,
     InputError,
     Op,
@@ -37,6 +38,7 @@ from devproc.fuzz.inputs import (
     encode,
     parse,
     records,
+    stimuli,
 )
 from devproc.fuzz.page import INPUT_MAX
 from devproc.fuzz.recording import recorded
@@ -155,12 +157,15 @@ def _input_of(entry: Entry, data: bytes, where: str) -> Rep:
             raise ConfigError(f"{where}: {e}") from None
         if rep.device != entry.name:
             raise ConfigError(f"{where}: an input for {rep.device}, not {entry.name}")
-        return rep
+        return replace(rep, data=stimuli(entry, rep.data))
     return Rep(entry.name, canonical(entry, data[:INPUT_MAX]), default_params(entry))
 
 
 def read_corpus(entry: Entry, where: Corpus) -> dict[str, bytes]:
-    """The inputs in a directory, by name; any fuzzer's corpus will do.  Raises ConfigError."""
+    """The inputs in a directory, by name; any fuzzer's corpus will do, and what `--record` made of a VM.
+
+    Texts for other devices are passed over.  Raises ConfigError.
+    """
     found = {}
     try:
         if isinstance(where, Path):
@@ -170,8 +175,11 @@ def read_corpus(entry: Entry, where: Corpus) -> dict[str, bytes]:
             files = {name: where[name] for name in sorted(where)}
     except OSError as e:
         raise ConfigError(f"{where if isinstance(where, Path) else 'corpus'}: {e}") from None
+    others = [[name.encode()] for name in CATALOG if name != entry.name]
     for path, content in files.items():
-        data = canonical(entry, _input_of(entry, content, path).data, recorded=True)
+        if content.startswith(b"vmrep ") and content.split()[2:3] in others:
+            continue
+        data = _input_of(entry, content, path).data
         for start in range(0, len(data), _PART):  # a recording is long
             part = canonical(entry, data[start : start + _PART])
             if part:
@@ -335,7 +343,7 @@ class Campaign:
             self._undo.callback(jail.adopt_orphans, False)
             self._executors = self._zygote("devproc.fuzz.executor")
             self._rehearsal = None
-            if plan.compare and recorded(self.entry):
+            if plan.compare and recorded(self.entry) and self._guest_size() <= GUEST_SIZE:
                 self._rehearsal = Rehearsal(
                     self._zygote("devproc.fuzz.rehearsal"), self.entry, plan.mode, plan.workers + 1
                 )
@@ -344,6 +352,11 @@ class Campaign:
         except BaseException:
             self._undo.close()
             raise
+
+    def _guest_size(self) -> int:
+        """Bytes of guest memory, of which a bench begins with zeros each time that it is compared."""
+        given = self.entry.check_params(self.params)
+        return sum(int(given[p.name]) for p in MEMORY_PARAMS) if self.entry.guest_memory else 0
 
     def _zygote(self, program: str) -> zygote.Zygote:
         nursery = zygote.start([self.entry.name], program=program, mode=self.plan.mode)

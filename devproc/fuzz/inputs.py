@@ -227,6 +227,23 @@ def canonical(entry: Entry, data: bytes, *, recorded: bool = False) -> bytes:
     return encode(found if recorded else found[:RECORDS_MAX])
 
 
+def stimuli(entry: Entry, data: bytes) -> bytes:
+    """What a recording's canonical records have for an input: no answers, and for a kick's event the kick."""
+    found: list[Record] = []
+    pending: list[Record] = []
+    for r in records(data):
+        if r.op == Op.DATA:
+            pending.append(r)
+            continue
+        if r.op < Op.RAISED:
+            found += [*pending, r]
+        elif r.op == Op.EVENT:
+            name, _, number = ports(entry)[r.aux].partition(".")
+            found += [Record(Op.KICK, int(number))] if name == "kick" else []
+        pending = []
+    return encode(found)
+
+
 def _canonical(entry: Entry, r: Record, recorded: bool) -> Record | None:
     kinds = {d.kind for d in entry.descriptors}
     op = r.op if recorded and r.op >= Op.RAISED else STIMULI[r.op % len(STIMULI)]

@@ -176,6 +176,14 @@ def test_the_bench_is_the_device_with_guest_memory_behind_the_wire(device: str, 
         assert campaign.result.compared == 1
 
 
+def test_an_input_with_the_memory_of_a_whole_machine_is_not_compared(tmp_path: Path) -> None:
+    params = (256 << 20, 0)
+    plan = Plan("virtio-rng", crashes=tmp_path, mode=jail.Mode.NONE, params=params)
+    with Campaign(plan, nothing) as campaign:
+        assert campaign.verdict(SHOWN_BY["completed-twice"]) is None
+        assert campaign.result.compared == 0
+
+
 def test_a_device_that_differs_behind_the_wire_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +299,16 @@ def test_a_recording_in_a_corpus_is_several_inputs_without_its_answers(tmp_path:
     found = read_corpus(CATALOG["serial"], tmp_path)
     plain = Record(Op.READ, size=1)
     assert sorted(found.values(), key=len) == [encode([plain] * n) for n in (4, 48)]
+
+
+def test_the_recordings_of_a_whole_machine_are_a_corpus_of_each_of_its_devices(tmp_path: Path) -> None:
+    sent = "write PORT 0x0 1 0x41\nsent 41\n"
+    kicked = "event kick.0 0\nmemory 0x1000 0102\ngave entropy 0x1 00\nwrote 0x2000 ff\nraised irq.1 1\n"
+    for device, lines in (("serial", sent), ("virtio-rng", kicked), ("rtc", "")):
+        head = to_text(Rep(device, b"", default_params(CATALOG[device])))
+        (tmp_path / f"{device}.vmrep").write_text(head + lines)
+    for device, record in (("serial", Record(Op.WRITE, size=1, data=0x41)), ("virtio-rng", Record(Op.KICK))):
+        assert list(read_corpus(CATALOG[device], tmp_path).values()) == [encode([record])]
 
 
 def test_a_corpus_may_be_files_that_are_somewhere_else(tmp_path: Path) -> None:
