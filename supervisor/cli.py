@@ -159,7 +159,11 @@ def _arguments() -> argparse.ArgumentParser:
         metavar="FILE",
         help="append a JSON object for each system call that a policy refused; - is standard output",
     )
-    add("--record", metavar="DIR", help="keep each device's conversation there, for vmsup replay")
+    add(
+        "--record",
+        metavar="DIR",
+        help="keep each device's conversation there, for vmsup replay and as a corpus for vmsup fuzz",
+    )
 
     doctor = verbs.add_parser(
         "doctor", help="what this host offers: KVM, its extensions, the layers of the jail"
