@@ -170,7 +170,7 @@ def test_an_attack_that_the_vm_survives_costs_it_nothing(elf: Elf, tmp_path: Pat
     ],
 )
 def test_a_device_that_holds_up_two_vcpus_does_not_hold_up_the_third(elf: Elf, name: str) -> None:
-    with Attacked(name, elf, "--cpus", "3", "--device-timeout", "5", guest="three") as one:
+    with Attacked(name, elf, "--cpus", "3", "--device-timeout", "10", guest="three") as one:
         one.wait_for_log(f"rtc: {DONE}")
         one.echoes(b"still here")
         assert one.process.poll() is None
