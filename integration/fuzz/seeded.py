@@ -191,7 +191,17 @@ BUGS: Final = {
     "loop-in-a-chain": Bug(
         "virtio-rng",
         "hang",
-        (("            if direct == limit:\n", "            if direct < 0:\n"),),
+        (
+            (
+                "            elements.append((addr, length, flags))\n"
+                "            if not flags & DESC_F_NEXT:\n                break\n"
+                "            if direct == limit:\n",
+                # Without growing, or it may run out of memory before it is taken for a hang.
+                "            elements[:] = [(addr, length, flags)]\n"
+                "            if not flags & DESC_F_NEXT:\n                break\n"
+                "            if direct < 0:\n",
+            ),
+        ),
         "chain 0 0 0 64 1 loop; kick 0",
         "devproc.virtio.split",
     ),
