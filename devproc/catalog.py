@@ -228,6 +228,9 @@ VHOST_BLK_CONFIG: Final = 60
 _PLUGGED: Final = Param("link", 0, 1, "whether the cable is plugged in")
 
 
+_PACKED: Final = Param("packed", 0, 1, "packed rings are offered, which drivers prefer and which are slower")
+
+
 def _net_params(pairs: int) -> tuple[Param, ...]:
     return (
         Param("mac", 6, 6, "Ethernet address", bytes),
@@ -235,6 +238,7 @@ def _net_params(pairs: int) -> tuple[Param, ...]:
         Param("pairs", 1, pairs, "pairs of queues"),
         Param("bps", 0, 1 << 40, "bytes a second each way; 0: no limit"),
         Param("pps", 0, 1 << 40, "frames a second each way; 0: no limit"),
+        _PACKED,
     )
 
 
@@ -409,6 +413,7 @@ CATALOG: Final[dict[str, Entry]] = {
                 Param("id", 0, 20, "the answer to GET_ID", bytes),
                 Param("format", 0, 1, "of the image: 0 raw, 1 qcow2"),
                 Param("backing_format", 0, 1, "of the image that it is based on"),
+                _PACKED,
                 Param("fsize", 0, 1 << 62, "bytes that the image may have"),
             ),
             sources=("clock",),

@@ -78,13 +78,13 @@ def _arguments() -> argparse.ArgumentParser:
         action="append",
         metavar="PATH[,KEY=VALUE,...]",
         help="a disk, in the order of /dev/vda, vdb...: path=,ro,root,format=raw|qcow2,backing=,"
-        "backing-format=,sparse=,direct,id=,block-size=,queues=,bps=,iops=,max-size=",
+        "backing-format=,sparse=,direct,id=,block-size=,queues=,bps=,iops=,max-size=,packed-queue",
     )
     add(
         "--net",
         action="append",
         metavar="TAP[,KEY=VALUE,...]",
-        help="a network card on tap-name=, tap-fd= or passt: mac=,mtu=,queues=,bps=,pps=,"
+        help="a network card on tap-name=, tap-fd= or passt: mac=,mtu=,queues=,bps=,pps=,packed-queue,"
         "tcp-ports=,udp-ports=",
     )
     add(

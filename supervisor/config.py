@@ -57,6 +57,7 @@ BLOCK_KEYS = (
     Key("backing"),
     Key("backing-format", choices=IMAGE_FORMATS),
     Key("max-size", int, 512, 1 << 62),
+    Key("packed-queue", bool),
 )
 NET_KEYS = (
     Key("tap-name"),
@@ -67,6 +68,7 @@ NET_KEYS = (
     Key("mtu", int, MTU_MIN, MTU_MAX),
     Key("bps", int, 1, RATE_MAX),
     Key("pps", int, 1, RATE_MAX),
+    Key("packed-queue", bool),
     Key("tcp-ports"),
     Key("udp-ports"),
 )
@@ -161,6 +163,7 @@ class BlockConfig:
     backing: str | None = None
     backing_format: str | None = None
     max_size: int = 0
+    packed_queue: bool = False
 
     @classmethod
     def from_values(cls, where: str, values: Mapping[str, Any]) -> BlockConfig:
@@ -200,6 +203,7 @@ class NetConfig:
     mtu: int | None = None
     bps: int = 0
     pps: int = 0
+    packed_queue: bool = False
     tcp_ports: str | None = None
     udp_ports: str | None = None
 

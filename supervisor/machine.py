@@ -98,7 +98,7 @@ def virtio_functions(config: RunConfig) -> Iterator[Function]:
     for n, disk in enumerate(config.block, 1):
         formats = int(disk.format == "qcow2"), int(disk.backing_format == "qcow2")
         use = disk.block_size, disk.queues, disk.bps, disk.iops, disk.id.encode()
-        params = (int(disk.ro), int(disk.sparse), *use, *formats)
+        params = (int(disk.ro), int(disk.sparse), *use, *formats, int(disk.packed_queue))
         yield Function(f"block{n}", "virtio-blk", params, partial(open_disk, disk))
     if consoles := config.virtio_consoles():
         names = b"\0".join(port.name.encode() for port in consoles)

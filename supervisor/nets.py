@@ -58,7 +58,7 @@ def open_net(net: NetConfig, host: Host) -> Opened:
         host.undo.callback(_close, fds)
         mtu = net.mtu or _mtu_of(fds[0])
         fds += (fds[0],) * (NET_PAIRS - len(fds))
-    return Opened({"link": fds}, (mac, mtu, net.queues, net.bps, net.pps))
+    return Opened({"link": fds}, (mac, mtu, net.queues, net.bps, net.pps, int(net.packed_queue)))
 
 
 def address(mac: str | None) -> bytes:

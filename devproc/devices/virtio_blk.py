@@ -176,6 +176,7 @@ class VirtioBlk(VirtioDevice):
         backing: File,
         format: int,
         backing_format: int,
+        packed: int,
         **transport: Any,
     ) -> None:
         features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | (F_MQ if queues > 1 else 0)
@@ -184,8 +185,7 @@ class VirtioBlk(VirtioDevice):
         else:
             features |= F_WRITE_ZEROES | (F_DISCARD if sparse else 0)
         plain = not (format or bps or iops)
-        # A driver prefers the packed ring wherever it is offered.
-        super().__init__(features=features, withheld=F_RING_PACKED if plain else 0, **transport)
+        super().__init__(features=features, withheld=0 if packed else F_RING_PACKED, **transport)
         self._disk: Final = _image(disk, format, backing, backing_format, read_only=bool(read_only))
         self._plain: Final = disk if plain else None
         self._clock: Final = clock

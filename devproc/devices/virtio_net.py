@@ -2,7 +2,7 @@
 
 The host's end is a `Link`: a tap with checksum and segmentation offload, or a stream of plain frames.  Left
 out: UDP segmentation (UFO, USO), receive-side scaling and hash reports, VLAN filtering (every tag passes),
-CTRL_RX_EXTRA, announcements, speed and duplex, coalescing, packed rings, and the legacy interface.
+CTRL_RX_EXTRA, announcements, speed and duplex, coalescing, and the legacy interface.
 """
 
 from __future__ import annotations
@@ -174,6 +174,7 @@ class VirtioNet(VirtioDevice):
         pairs: int,
         bps: int,
         pps: int,
+        packed: int,
         **transport: Any,
     ) -> None:
         super().__init__(
@@ -181,7 +182,7 @@ class VirtioNet(VirtioDevice):
             | (_OFFLOADS if link[0].offloads else 0)
             | (F_MTU if mtu else 0)
             | (F_MQ if pairs > 1 else 0),
-            withheld=F_RING_PACKED,  # a driver prefers them, and only split rings are in C
+            withheld=0 if packed else F_RING_PACKED,
             **transport,
         )
         self._links: Final = link[:pairs]

@@ -55,7 +55,7 @@ _EVENTS_MAX: Final = 4  # functions that a port is told
 CHUNK: Final = 8  # bytes that one DATA record holds
 CLOCK_START_NS: Final = 5_000_000_000_000
 WALL_START_NS: Final = 1_700_000_000_000_000_000  # 2023-11-14 22:13:20 UTC
-PARAMS: Final = {"mem_below_4g": 256 << 20, "mem_above_4g": 0, "sparse": 1}
+PARAMS: Final = {"mem_below_4g": 256 << 20, "mem_above_4g": 0, "sparse": 1, "packed": 1}
 """Values of parameters for fuzzing; others have their lowest."""
 GUEST_SIZE: Final = 1 << 18
 """Bytes of guest memory, for a device that has any."""

@@ -33,6 +33,7 @@ echo "vectors: $(grep -c virtio.*req /proc/interrupts)"
 blkdiscard -o 12582912 -l 1048576 /dev/vda && echo "discard: done"
 
 echo "ro: $(cat /sys/block/vdb/ro)"
+echo "packed: $(cut -c 35 /sys/block/vda/device/features /sys/block/vdb/device/features | tr -d '\n')"
 dd if=/dev/zero of=/dev/vdb bs=512 count=1 2>/dev/null || echo "refused: yes"
 echo "read-ro: $(dd if=/dev/vdb bs=64k 2>/dev/null | sha)"
 
@@ -147,7 +148,7 @@ def test_linux_reads_writes_discards_and_mounts(
         images.POWEROFF.replace(images.REPORT, images.REPORT + SCRIPT),
         *("-c", "2"),
         *("--block", f"{raw},id=the-first,queues=2"),
-        *("--block", f"{ro},ro"),
+        *("--block", f"{ro},ro,packed-queue"),
         *("--block", f"{qcow2},format=qcow2"),
         *("--block", f"{fio},ro"),
         *("--block", f"{scratch},format=qcow2"),
@@ -169,6 +170,7 @@ def test_linux_reads_writes_discards_and_mounts(
     assert vmsup["serial:"] == "the-first"
     assert (vmsup["logical_block_size:"], vmsup["max_segments:"]) == ("512", "254")
     assert vmsup["write_cache:"] == "write back"
+    assert vmsup["packed:"] == "01"
     assert vmsup["vectors:"] == "6"  # two queues of one disk, and one of each other
     for yes in ("direct", "refused", "mounted", "trimmed", "unmounted", "verified"):
         assert vmsup[f"{yes}:"] == "yes"

@@ -140,7 +140,9 @@ for n in 1 2 3 4 5; do echo virtio0 > unbind; echo virtio0 > bind; done
 for n in 1 2 3 4 5; do rmmod virtio_net; insmod /modules/virtio_net.ko; done
 """
     script += up + 'echo "again: $(ping -c 3 -i 0.2 $HOST | grep received)"\n'
-    options = ("--irqchip", irqchip, "-c", str(cpus), "--net", "tap0,queues=2")
+    packed = irqchip == "split"
+    net = "tap0,queues=2,packed-queue" if packed else "tap0,queues=2"
+    options = ("--irqchip", irqchip, "-c", str(cpus), "--net", net)
     vmsup, served, sent = start(ON_TAP, script, *options)
     assert vmsup.code == 0, vmsup.errors
     booted()
@@ -153,6 +155,7 @@ for n in 1 2 3 4 5; do rmmod virtio_net; insmod /modules/virtio_net.ko; done
     assert "receiver" in vmsup["flood:"]
     bits = {bit for bit, digit in enumerate(vmsup["features:"]) if digit == "1"}
     assert {0, 1, 2, 3, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 18, 22, 23} <= bits
+    assert (34 in bits) == packed
     assert vmsup["queues:"] == str(2 * cpus)
 
 

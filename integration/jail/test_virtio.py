@@ -48,8 +48,8 @@ def test_a_jailed_rng_fills_buffers_by_kick_and_interrupt(supervisor: Any, featu
 
 @pytest.mark.parametrize("features", [V1, V1 | EVERY_RING], ids=["split", "packed"])
 def test_a_jailed_disk_does_everything_its_policy_is_for(supervisor: Any, features: int) -> None:
-    iops = 1_000_000 if features & spec.F_RING_PACKED else 0  # packed rings are not offered without a limit
-    params = (*MEMORY, 0, 1, 512, 1, 0, iops, b"jailed", 0, 0, IMAGE_SIZE)
+    packed = int(bool(features & spec.F_RING_PACKED))
+    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"jailed", 0, 0, packed, IMAGE_SIZE)
     supervisor("spawn", "virtio-blk", "blk", params=params, host_id=host_id(supervisor))
     data = os.urandom(8192)
     zeroes = blk.RANGE.pack(8, 1, 0)
@@ -87,7 +87,7 @@ def test_a_jailed_qcow2_image_is_as_qemu_wants_it_after_stop(supervisor: Any, tm
         file.chmod(0o666)
     for directory in tmp_path, *tmp_path.parents[:2]:  # the ordinary user's stand-in opens them itself
         directory.chmod(0o755)
-    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", 1, 0, 1 << 30)
+    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", 1, 0, 0, 1 << 30)
     images = {"disk": str(path), "backing": str(base)}
     supervisor("spawn", "virtio-blk", "blk", params=params, images=images, host_id=host_id(supervisor))
     data = os.urandom(8192)
@@ -118,7 +118,7 @@ def test_a_jailed_qcow2_image_is_as_qemu_wants_it_after_stop(supervisor: Any, tm
 
 
 def test_the_image_of_a_jailed_disk_does_not_grow_beyond_its_limit(supervisor: Any) -> None:
-    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", 0, 0, IMAGE_SIZE)
+    params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", 0, 0, 0, IMAGE_SIZE)
     pid = supervisor("spawn", "virtio-blk", "blk", params=params, host_id=host_id(supervisor))["pid"]
     limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
     assert f"Max file size {IMAGE_SIZE} {IMAGE_SIZE} bytes" in {" ".join(line.split()) for line in limits}

@@ -35,8 +35,7 @@ def header(kind: Type, sector: int = 0) -> bytes:
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackEnd]:
     directory = tmp_path_factory.mktemp("vhost")
     (directory / "image").write_bytes(bytes(IMAGE_SIZE))
-    # With a limit, because packed rings are not offered without.
-    words = "block", "--block", f"{directory}/image,id=abroad,queues=2,iops=1000000"
+    words = "block", "--block", f"{directory}/image,id=abroad,queues=2,packed-queue"
     with back_end(directory / "socket", *words) as running:
         yield running
 

@@ -49,6 +49,7 @@ PARAMS = {
     "id": b"vmsup",
     "format": 0,
     "backing_format": 0,
+    "packed": 1,
     "features": (1 << 64) - 1 & ~(1 << 33),
     "rings": 2,
     "config": bytes(range(60)),

@@ -27,7 +27,7 @@ from devproc.virtio.chain import Span
 from devproc.virtio.device import BATCH
 
 V1 = spec.F_VERSION_1
-RINGS = spec.F_INDIRECT_DESC | spec.F_EVENT_IDX
+EVERY_RING = spec.F_INDIRECT_DESC | spec.F_EVENT_IDX | spec.F_RING_PACKED
 PLAIN = V1 | net.F_MAC | net.F_STATUS | net.F_CTRL_VQ | net.F_CTRL_RX | net.F_CTRL_MAC_ADDR
 OFFLOADS = (
     GUEST_OFFLOADS
@@ -125,7 +125,7 @@ class Guest:
         return bool(self.driver.status & spec.DEVICE_NEEDS_RESET)
 
 
-@pytest.fixture(params=[0, RINGS], ids=["plain", "indirect and event"])
+@pytest.fixture(params=[0, EVERY_RING], ids=["split", "packed"])
 def guest(request: pytest.FixtureRequest, bench: Any) -> Guest:
     return Guest(bench("virtio-net"), FULL | request.param)
 
@@ -142,7 +142,13 @@ def plain(bench: Any) -> Guest:
 def test_a_tap_offers_offloads_and_one_pair_of_queues(bench: Any) -> None:
     offered = bench("virtio-net").driver().offered()
     assert offered & OFFLOADS == OFFLOADS
-    assert not offered & (net.F_MQ | net.F_MTU | spec.F_RING_PACKED)
+    assert not offered & (net.F_MQ | net.F_MTU)
+
+
+@pytest.mark.parametrize("packed", [0, 1])
+def test_packed_rings_are_offered_where_they_are_asked_for(bench: Any, packed: int) -> None:
+    offered = bench("virtio-net", packed=packed).driver().offered()
+    assert bool(offered & spec.F_RING_PACKED) == packed
 
 
 def test_an_mtu_and_more_queues_are_offered_where_there_are_some(bench: Any) -> None:
@@ -828,7 +834,7 @@ class Chaos(Guest):
             self.driver.notify(queue)
 
 
-@given(script=st.lists(actions, max_size=40), ring=st.sampled_from((0, RINGS)))
+@given(script=st.lists(actions, max_size=40), ring=st.sampled_from((0, EVERY_RING)))
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_driver_and_host_do_only_frames_with_sound_headers_are_sent(
     bench: Any, script: list[tuple[Any, ...]], ring: int
