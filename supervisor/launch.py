@@ -163,8 +163,8 @@ class _Launch:
                 memory.fd,
                 opened,
                 self._say_of,
-                recordings.extra if recordings else None,
                 config.transport,
+                recordings.extra if recordings else None,
             )
             proxies = self._spawn(spawner, instances, mode, recorder)
         with step("build the buses"):

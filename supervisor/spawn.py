@@ -42,8 +42,8 @@ class Spawner:
         events: eventfds by descriptor name ("reset", "poweroff", "panic") that all devices share.
         memory: the memfd of the guest's memory.
         opened: by instance name, what its opener has given.
-        extra: by instance name, kind and parameters, a descriptor that the zygote's program wants besides.
         transport: "mailbox" or "socket": how accesses reach the devices, which serve both.
+        extra: by instance name, kind and parameters, a descriptor that the zygote's program wants besides.
 
     Attributes:
         eventfds: by instance name, then by descriptor name, those that the instance alone has: its
@@ -58,8 +58,8 @@ class Spawner:
     memory: int
     opened: Mapping[str, Opened]
     say: Callable[[str, str], None]
+    transport: str
     extra: Callable[[str, Entry, tuple[Scalar, ...]], int] | None = None
-    transport: str = "socket"
     eventfds: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     _count: int = 0
 

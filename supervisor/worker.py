@@ -233,6 +233,7 @@ class Worker:
             memory,
             {name: Opened(fds, self._opened.params)},
             self._say,
+            "socket",
         )
         proxy = spawner.spawn(Instance(name, self._entry, params=(size, 0, *self._function.params)))
         self.proxies.append(proxy)
