@@ -151,6 +151,8 @@ class _Life:
             os.eventfd_write(self._events["resample"][0], 1)
             self.ask(wire.Ping(1))  # it is answered after the kicks
             self._turn()
+            for number in (2, 3):  # the third one after what was typed
+                self.ask(wire.Ping(number))
 
     def access(self, accesses: int) -> None:
         """Random accesses to random registers, with input coming in and output taken off."""
