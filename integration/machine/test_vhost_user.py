@@ -159,7 +159,7 @@ def test_rings_go_on_where_they_were_when_bus_mastering_is_back(
 @pytest.mark.parametrize("rings", ["split", "packed"])
 def test_a_disk_of_our_own(machine: Start, path: Path, image: Path, rings: str) -> None:
     features = spec.F_EVENT_IDX | (spec.F_RING_PACKED if rings == "packed" else 0)
-    with back_end(path, "block", "--block", f"{image},queues=2"):
+    with back_end(path, "block", "--block", f"{image},queues=2,packed-queue"):
         disk = start(machine, "--vhost-user", f"block,socket={path}")
         driver = disk.driver
         assert driver.config(0x22, 2) == 2, "queues"
