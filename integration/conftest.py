@@ -30,7 +30,7 @@ from integration.testbed.qemu import die_with
 
 REPORT_FD = 3
 TESTBED_TIMEOUT_S = 3600
-SILENCE_S = 700  # longer than any boot may take (vm.run)
+SILENCE_S = 500  # longer than any boot may take (vm.run)
 CRASHES_MAX = 2
 NICE = 10
 _REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest

@@ -94,7 +94,7 @@ def test_every_driver_comes_and_goes_again_and_again(tmp_path: Path, booted: Cal
         *("--serial", f"file,path={console},hardware=virtio-console", "--serial", "stdio,console"),
         *("-i", str(initrd), *words, str(kernel.bzimage)),
         user=("unshare", "--net", "sh", "-c", ON_TAP, "sh"),
-        timeout_s=600 if TIMES < 10 else 3000,
+        timeout_s=400 if TIMES < 10 else 3000,
     )
     assert vmsup.code == 0, vmsup.errors
     vmsup.find(images.UP)

@@ -63,7 +63,7 @@ echo "file: $(wget -q -O - http://$HOST:8080/file | sha256sum)"
 dd if=/dev/urandom of=/up bs=64k count=16 2> /dev/null
 nc $HOST 7777 < /up
 echo "up: $(stat -c %s /up) $(sha256sum < /up)"
-echo "flood: $(iperf3 -c $HOST -u -b 0 -l 1000 -R -t 2 | grep receiver)"
+echo "flood: $(timeout 60 iperf3 -c $HOST -u -b 0 -l 1000 -R -t 2 | grep receiver)"
 echo "after: $(wget -q -O - http://$HOST:8080/file | sha256sum)"
 """
 # What the guest sends is delayed, lost, doubled and put out of order before the card has it.
@@ -135,11 +135,7 @@ echo "features: $(cat /sys/class/net/eth0/device/features)"
 echo "queues: $(ls -d /sys/class/net/eth0/queues/* | wc -l)"
 echo "ping: $(ping -c 5 -i 0.2 $HOST | grep received)"
 echo "large: $(ping -c 3 -s 8000 $HOST | grep received)"
-cd /sys/bus/virtio/drivers/virtio_net
-for n in 1 2 3 4 5; do echo virtio0 > unbind; echo virtio0 > bind; done
-for n in 1 2 3 4 5; do rmmod virtio_net; insmod /modules/virtio_net.ko; done
 """
-    script += up + 'echo "again: $(ping -c 3 -i 0.2 $HOST | grep received)"\n'
     packed = irqchip == "split"
     net = "tap0,queues=2,packed-queue" if packed else "tap0,queues=2"
     options = ("--irqchip", irqchip, "-c", str(cpus), "--net", net)
@@ -147,7 +143,7 @@ for n in 1 2 3 4 5; do rmmod virtio_net; insmod /modules/virtio_net.ko; done
     assert vmsup.code == 0, vmsup.errors
     booted()
     assert "trouble:" not in vmsup.console
-    for name, count in (("ping:", 5), ("large:", 3), ("again:", 3)):
+    for name, count in (("ping:", 5), ("large:", 3)):
         assert received(vmsup[name]) == (count, count)
     assert vmsup["file:"].split()[0] == vmsup["after:"].split()[0] == vmsup["lossy:"].split()[0] == served
     assert re.search(r"qdisc netem.* loss 3%.* reorder 25%.* Sent [1-9]", vmsup["netem:"])

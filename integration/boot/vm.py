@@ -54,7 +54,7 @@ def start(*args: str, user: tuple[str, ...] = (), **how: object) -> subprocess.P
     return subprocess.Popen(words, env=env, **(pipes | how))  # type: ignore[call-overload,no-any-return]
 
 
-def run(*args: str, timeout_s: float = 600, user: tuple[str, ...] = ()) -> Result:
+def run(*args: str, timeout_s: float = 400, user: tuple[str, ...] = ()) -> Result:
     """`vmsup run ARGS` to its end."""
     with start(*args, user=user) as process:
         assert process.stdout is not None and process.stderr is not None
