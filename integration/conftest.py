@@ -4,8 +4,8 @@ Stock kernels need hardware virtualization.  On a machine without it, all `linux
 one testbed machine, by a second pytest there whose reports are replayed here: the same command, summary and
 exit status everywhere.  Reports are JSON lines on that pytest's descriptor REPORT_FD.
 
-The testbed takes most of the time and one processor, so it starts first, and all other tests run beside it.
-Some of those measure how long something takes: they have the processors before the testbed does.
+Tests that are sensitive to a busy machine come first, alone; then the testbed starts, and what it leaves of
+the processors goes to the unit tests.  An L1 beside more than that was seen to hang.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,6 @@ REPORT_FD = 3
 TESTBED_TIMEOUT_S = 3600
 SILENCE_S = 500  # longer than any boot may take (vm.run)
 CRASHES_MAX = 2
-NICE = 10
 _REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest
 if _REPORTING:
     os.set_inheritable(REPORT_FD, False)
@@ -81,9 +81,10 @@ class Testbed:
         if self._end:
             return
         if not select.select([self._process.stdout], [], [], patience_s)[0]:
-            if patience_s:
-                self._has_ended(f"said nothing for {patience_s} s", again=True)
+            if patience_s or time.monotonic() - self._heard_s > SILENCE_S:
+                self._has_ended(f"said nothing for {SILENCE_S} s", again=True)
         elif data := os.read(self._process.stdout.fileno(), 1 << 16):
+            self._heard_s = time.monotonic()
             *lines, self._heard = (self._heard + data).split(b"\n")
             for line in lines:
                 self._take(json.loads(line))
@@ -105,7 +106,7 @@ class Testbed:
         left = [nodeid for nodeid in self._nodeids if not self._is_over(nodeid)]
         for nodeid in left:
             self._reports.pop(nodeid, None)
-        self._heard = b""
+        self._heard, self._heard_s = b"", time.monotonic()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         run = Path(__file__).parent / "testbed/run"
         far = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--reruns", "1", *left]
@@ -118,7 +119,7 @@ class Testbed:
             stdout=subprocess.PIPE,
             bufsize=0,
             stderr=self._output,
-            preexec_fn=functools.partial(_subordinate, os.getpid()),  # noqa: PLW1509  no threads here
+            preexec_fn=functools.partial(die_with, os.getpid()),  # noqa: PLW1509  no threads here
         )
 
     def _is_over(self, nodeid: str) -> bool:
@@ -143,11 +144,6 @@ class Testbed:
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._output.close()
-
-
-def _subordinate(parent: int) -> None:
-    os.nice(NICE)
-    die_with(parent)
 
 
 class Unavailable:
@@ -191,16 +187,23 @@ def _start(session: pytest.Session) -> Testbed | Unavailable:
     return Testbed(session.config, [item.nodeid for item in session.items if _runs_elsewhere(item)])
 
 
+def _turn(item: pytest.Item) -> int:
+    if _runs_elsewhere(item):
+        return 2
+    return 0 if item.path.is_relative_to(Path(__file__).parent) else 1
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_runs_elsewhere)
+    items.sort(key=_turn)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     stash = item.config.stash
-    if _testbed not in stash and any(map(_runs_elsewhere, item.session.items)):
+    if _turn(item) > 0 and _testbed not in stash and any(map(_runs_elsewhere, item.session.items)):
         stash[_testbed] = _start(item.session)
+        os.nice(10)
     if not _runs_elsewhere(item):
         if _testbed in stash:
             stash[_testbed].listen()  # it is to be started again early, should it have died
