@@ -155,14 +155,9 @@ class Subject:
         """What the process is handed for one of its entry's descriptors."""
         if kind == "memory":
             return self.memory.fd
-        if kind == "signal":
+        if kind in ("signal", "kick"):
             fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self.signals.append(fd)
-            self._undo.callback(os.close, fd)
-            return fd
-        if kind == "kick":
-            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self.kicks.append(fd)
+            (self.signals if kind == "signal" else self.kicks).append(fd)
             self._undo.callback(os.close, fd)
             return fd
         if kind not in ("input", "output"):  # which a bench stands in for

@@ -7,7 +7,6 @@ that is wanted, until neither is left.  The oracles are listed in finding.py.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
@@ -18,6 +17,7 @@ from devproc.fuzz import host
 from devproc.fuzz.finding import Finding
 from devproc.fuzz.guest import Guest
 from devproc.fuzz.inputs import CLOCK_START_NS, RECORD, REPEATS_MAX, WALL_START_NS, Op
+from devproc.fuzz.recording import python_queues
 from devproc.ports import Device
 from kvmcore.memory import GuestMemory
 
@@ -113,8 +113,7 @@ class Bench:
         self._guest: Guest | None = None
         if entry.virtio is not None:
             assert memory is not None
-            # In Python, which has blocks and can be put back to what it was; of the modules now loaded.
-            made.make_split = importlib.import_module("devproc.virtio.split").SplitQueue
+            python_queues(made)  # which have blocks, and can be put back to what they were
             self._guest = Guest(self.model, memory, self._notify, entry.name in _DISCARDING)
             self._pump()  # what the start has left to do
         self._raised.clear()

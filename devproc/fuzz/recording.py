@@ -394,9 +394,8 @@ class _Output:
 
 def python_queues(device: Any) -> None:
     """Have its split queues in Python: the one in C goes to memory without `GuestMemory`."""
-    device.make_split = importlib.import_module(
-        "devproc.virtio.split"
-    ).SplitQueue  # device code is the child's
+    split = importlib.import_module("devproc.virtio.split")  # of the modules now loaded: the child's
+    device.make_split = split.SplitQueue
 
 
 def size_of(entry: Entry) -> int:
