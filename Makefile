@@ -36,8 +36,10 @@ debian: PACKAGES += mmdebstrap fakeroot uidmap
 debian: setup
 	$(BIN)/python integration/debian.py
 
+# Two at a time; then the guests, which take turns in two machines of the testbed themselves.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not linux"; status=$$?; \
+	$(BIN)/python -m pytest -m linux && exit $$status
 
 bench: setup
 	@mkdir -p build

@@ -1,11 +1,8 @@
 """Where tests marked `linux` run, and how many guests booted on which KVM.
 
 Stock kernels need hardware virtualization.  On a machine without it, all `linux` tests of a session run in
-one testbed machine, by a second pytest there whose reports are replayed here: the same command, summary and
-exit status everywhere.  Reports are JSON lines on that pytest's descriptor REPORT_FD.
-
-Tests that are sensitive to a busy machine come first, alone; then the testbed starts, and what it leaves of
-the processors goes to the unit tests.  An L1 beside more than that was seen to hang.
+testbed machines, by a pytest in each whose reports are replayed here: the same command, summary and exit
+status everywhere.  Reports are JSON lines on those pytests' descriptor REPORT_FD.
 """
 
 from __future__ import annotations
@@ -31,6 +28,7 @@ from integration.testbed.qemu import die_with
 
 REPORT_FD = 3
 TESTBED_TIMEOUT_S = 3600
+TESTBEDS = 2  # each has one processor
 SILENCE_S = 500  # longer than any boot may take (vm.run)
 CRASHES_MAX = 2
 _REPORTING = os.environ.pop("VMSUP_REPORTING", "") == "1"  # we are that second pytest
@@ -60,30 +58,37 @@ class Testbed:
 
     def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
         self.crashes: list[str] = []
+        self.nodeids = nodeids
         self._config = config
-        self._nodeids = nodeids
         self._reports: dict[str, list[pytest.TestReport]] = {}
         self._end = ""  # why no more reports come
         self._begin()
 
-    def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
-        """The reports of `item`'s set-up, call and tear-down; one failure when the testbed ended before."""
-        while not (self._is_over(item.nodeid) or self._end):
-            self.listen(SILENCE_S)
+    def reports(self, item: pytest.Item) -> list[pytest.TestReport] | None:
+        """The reports of `item`'s three phases, if it is over; one failure if it never will be."""
         reports = self._reports.get(item.nodeid, [])
         if self._is_over(item.nodeid):
             return reports
-        return [*reports, _report(item, "failed", f"the testbed {self._end}\nbefore this test was over")]
+        if self.over:
+            return [*reports, _report(item, "failed", f"the testbed {self._end}\nbefore this test was over")]
+        return None
 
-    def listen(self, patience_s: float = 0) -> None:
-        """Take the reports that have come, or within `patience_s` (s) will; without any by then it hangs."""
+    @property
+    def over(self) -> bool:
+        """Nothing more comes."""
+        return bool(self._end)
+
+    def fileno(self) -> int:
+        """Readable when there is something to `listen` to."""
         assert self._process.stdout is not None
-        if self._end:
-            return
-        if not select.select([self._process.stdout], [], [], patience_s)[0]:
-            if patience_s or time.monotonic() - self._heard_s > SILENCE_S:
+        return self._process.stdout.fileno()
+
+    def listen(self) -> None:
+        """Take the reports that have come; without any for SILENCE_S it hangs."""
+        if not select.select([self], [], [], 0)[0]:
+            if time.monotonic() - self._heard_s > SILENCE_S:
                 self._has_ended(f"said nothing for {SILENCE_S} s", again=True)
-        elif data := os.read(self._process.stdout.fileno(), 1 << 16):
+        elif data := os.read(self.fileno(), 1 << 16):
             self._heard_s = time.monotonic()
             *lines, self._heard = (self._heard + data).split(b"\n")
             for line in lines:
@@ -103,7 +108,7 @@ class Testbed:
 
     def _begin(self) -> None:
         """Start the testbed with what has not been run to its end."""
-        left = [nodeid for nodeid in self._nodeids if not self._is_over(nodeid)]
+        left = [nodeid for nodeid in self.nodeids if not self._is_over(nodeid)]
         for nodeid in left:
             self._reports.pop(nodeid, None)
         self._heard, self._heard_s = b"", time.monotonic()
@@ -146,70 +151,67 @@ class Testbed:
         self._output.close()
 
 
-class Unavailable:
-    """In place of a testbed that cannot be had: everything is skipped, with the reason."""
+class Testbeds:
+    """The testbed's machines, which share the tests between them; or why there are none."""
 
-    def __init__(self, reason: str) -> None:
-        self.crashes: list[str] = []
-        self._reason = reason
+    def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
+        self.reason = _missing()
+        self._beds = [] if self.reason else [Testbed(config, nodeids[n::TESTBEDS]) for n in range(TESTBEDS)]
+
+    @property
+    def crashes(self) -> list[str]:
+        return [why for bed in self._beds for why in bed.crashes]
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
-        return [_report(item, "skipped", (str(item.path), item.location[1], f"Skipped: {self._reason}"))]
-
-    def listen(self, patience_s: float = 0) -> None:
-        pass
+        """The reports of `item`, waited for."""
+        if self.reason:
+            return [_report(item, "skipped", (str(item.path), item.location[1], f"Skipped: {self.reason}"))]
+        (mine,) = (bed for bed in self._beds if item.nodeid in bed.nodeids)
+        while (reports := mine.reports(item)) is None:
+            running = [bed for bed in self._beds if not bed.over]
+            select.select(running, [], [], 1)
+            for bed in running:
+                bed.listen()
+        return reports
 
     def close(self) -> None:
-        pass
+        for bed in self._beds:
+            bed.close()
 
 
-def _report(item: pytest.Item, outcome: str, longrepr: object) -> pytest.TestReport:
-    return pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")  # type: ignore[arg-type]
-
-
-_testbed = pytest.StashKey[Testbed | Unavailable]()
-
-
-def _runs_elsewhere(item: pytest.Item) -> bool:
-    return item.get_closest_marker("linux") is not None and kvm.no_linux() is not None
-
-
-def _start(session: pytest.Session) -> Testbed | Unavailable:
+def _missing() -> str:
+    """Why there is no testbed, if there is none."""
     try:
         debian.tool("qemu-system-x86_64", "qemu-system-x86")
         debian.tool("busybox", "busybox-static")
         for package in (images.GENERIC, images.CLOUD):  # L1 has no network
             images.kernel(package)
     except images.TestbedError as e:
-        return Unavailable(
-            f"no stock kernel boots on /dev/kvm ({kvm.no_linux()}), and there is no testbed: {e}"
-        )
-    return Testbed(session.config, [item.nodeid for item in session.items if _runs_elsewhere(item)])
+        return f"no stock kernel boots on /dev/kvm ({kvm.no_linux()}), and there is no testbed: {e}"
+    return ""
 
 
-def _turn(item: pytest.Item) -> int:
-    if _runs_elsewhere(item):
-        return 2
-    return 0 if item.path.is_relative_to(Path(__file__).parent) else 1
+def _report(item: pytest.Item, outcome: str, longrepr: object) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, {}, outcome, longrepr, "call")  # type: ignore[arg-type]
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_turn)
+_testbeds = pytest.StashKey[Testbeds]()
+
+
+def _runs_elsewhere(item: pytest.Item) -> bool:
+    return item.get_closest_marker("linux") is not None and kvm.no_linux() is not None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    stash = item.config.stash
-    if _turn(item) > 0 and _testbed not in stash and any(map(_runs_elsewhere, item.session.items)):
-        stash[_testbed] = _start(item.session)
-        os.nice(10)
     if not _runs_elsewhere(item):
-        if _testbed in stash:
-            stash[_testbed].listen()  # it is to be started again early, should it have died
         return None
+    stash = item.config.stash
+    if _testbeds not in stash:
+        nodeids = [other.nodeid for other in item.session.items if _runs_elsewhere(other)]
+        stash[_testbeds] = Testbeds(item.config, nodeids)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in stash[_testbed].reports(item):
+    for report in stash[_testbeds].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
@@ -221,8 +223,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if testbed := config.stash.get(_testbed, None):
-        testbed.close()
+    if testbeds := config.stash.get(_testbeds, None):
+        testbeds.close()
 
 
 class Reporter:
@@ -252,6 +254,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("none")
     for report in terminalreporter.stats.get(_RERUN, []):
         terminalreporter.write_line(f"{report.nodeid} ran again: {report.longreprtext}")
-    if (testbed := config.stash.get(_testbed, None)) is not None:
-        for why in testbed.crashes:
+    if (testbeds := config.stash.get(_testbeds, None)) is not None:
+        for why in testbeds.crashes:
             terminalreporter.write_line(f"L1 {why}\nand was started again")

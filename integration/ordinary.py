@@ -1,4 +1,4 @@
-"""Running a command of this checkout as an ordinary user."""
+"""Running a command of this checkout as an ordinary user, who can reach a test's files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,11 @@ def as_user(python: str = sys.executable) -> list[str]:
         why = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         pytest.skip(f"uid {_UID} cannot run vmsup from {ROOT} with {python}: {''.join(why)}")
     return words
+
+
+def let_in(directory: Path) -> None:
+    """Open a test's directory, and those of pytest's that it is in, to everybody."""
+    temporary = Path(tempfile.gettempdir())
+    for one in directory, *directory.parents:
+        if one != temporary and one.is_relative_to(temporary):
+            one.chmod(0o755)

@@ -16,6 +16,7 @@ from devproc.devices import virtio_blk as blk
 from devproc.devices import virtio_console as console
 from devproc.devices.virtio_blk import Type
 from devproc.virtio import spec
+from integration.ordinary import let_in
 
 V1 = spec.F_VERSION_1
 MEMORY = 16 << 20, 0
@@ -85,8 +86,7 @@ def test_a_jailed_qcow2_image_is_as_qemu_wants_it_after_stop(supervisor: Any, tm
     qemu_img("create", "-f", "qcow2", "-b", base, "-F", "raw", path)
     for file in base, path:
         file.chmod(0o666)
-    for directory in tmp_path, *tmp_path.parents[:2]:  # the ordinary user's stand-in opens them itself
-        directory.chmod(0o755)
+    let_in(tmp_path)  # the ordinary user's stand-in opens them itself
     params = (*MEMORY, 0, 1, 512, 1, 0, 0, b"", 1, 0, 0, 1 << 30)
     images = {"disk": str(path), "backing": str(base)}
     supervisor("spawn", "virtio-blk", "blk", params=params, images=images, host_id=host_id(supervisor))

@@ -14,6 +14,7 @@ import pytest
 from devproc.catalog import CATALOG
 from devproc.fuse import Opcode
 from devproc.virtio import spec
+from integration.ordinary import let_in
 from supervisor.attest import attest
 
 V1 = spec.F_VERSION_1
@@ -47,8 +48,7 @@ INIT = ask(Opcode.INIT, 0, struct.pack("<4I", 7, 38, 0, 0))
 
 @pytest.fixture
 def tree(supervisor: Any, tmp_path: Path) -> Iterator[Path]:
-    for directory in tmp_path, *tmp_path.parents[:2]:
-        directory.chmod(0o755)
+    let_in(tmp_path)
     shared = tmp_path / "shared"
     (shared / "dir").mkdir(parents=True)
     (shared / "dir/file").write_bytes(b"shared with the guest")
