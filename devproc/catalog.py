@@ -226,8 +226,6 @@ VHOST_BLK_CONFIG: Final = 60
 
 
 _PLUGGED: Final = Param("link", 0, 1, "whether the cable is plugged in")
-
-
 _PACKED: Final = Param("packed", 0, 1, "packed rings are offered, which drivers prefer and which are slower")
 
 
