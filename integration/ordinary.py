@@ -38,7 +38,7 @@ def as_user(python: str = sys.executable) -> list[str]:
 
 def let_in(directory: Path) -> None:
     """Open a test's directory, and those of pytest's that it is in, to everybody."""
-    temporary = Path(tempfile.gettempdir())
+    temporary = Path(tempfile.gettempdir()).resolve()
     for one in directory, *directory.parents:
         if one != temporary and one.is_relative_to(temporary):
             one.chmod(0o755)
