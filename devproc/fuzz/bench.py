@@ -29,6 +29,10 @@ _I63: Final = 1 << 63
 CALLS_MAX: Final = 256  # of on_deadline without a change of time: a queue may need several
 _DISCARDING: Final = {"virtio-balloon"}  # what gives guest memory back to the host
 _REPEAT: Final = int(Op.REPEAT)
+_DATA: Final = int(Op.DATA)
+_NO_ACCESS: Final = (0, 0, 0, 0, 0)
+_OWN: Final = ("now_ns", "wall_ns", "_pending", "_last", "_repeats", "_saved", "_draws", "_waiting")
+"""What a bench remembers besides its model, its ports and guest memory; none of it is changed in place."""
 
 
 class Step(NamedTuple):
@@ -41,11 +45,11 @@ class Step(NamedTuple):
 
 
 class _Mark(NamedTuple):
-    """What can change, guest memory, and how much entropy was drawn."""
+    """What can change in the model and its ports, guest memory, and what the bench itself remembers."""
 
     snapshot: _Snapshot
     memory: bytes
-    draws: int
+    own: dict[str, Any]
 
 
 class Bench:
@@ -70,8 +74,7 @@ class Bench:
     ) -> None:
         self.entry = entry
         self._make = functools.partial(Bench, entry, model, params, clock_ns, wall_ns, memory)
-        self._start = (clock_ns, wall_ns)
-        self.now_ns, self.wall_ns = self._start
+        self.now_ns, self.wall_ns = clock_ns, wall_ns
         self._raised: list[int] = []
         self._signals = 0
         self._inputs: list[host.Input] = []
@@ -79,16 +82,17 @@ class Bench:
         self._links: list[host.Link] = []
         self._kicks: list[host.Kick] = []
         self._pending = b""
+        self._last = _NO_ACCESS  # which REPEAT would make again
         self._repeats = REPEATS_MAX
         self._saved = False
         self._used: list[tuple[int, int, int]] = []
         self._looking = False
         self._draws = 0
         self._waiting = False  # something from the host that the model may want
+        self._spare: Bench | None = None  # to restore into
         self._others: dict[int, Callable[[int, int, int, int, int], None]] = {
             Op.CLOCK: self._clock,
             Op.WALL: self._wall,
-            Op.DATA: self._data,
             Op.INPUT: self._type,
             Op.ROOM: self._room,
             Op.SAVE: self._save,
@@ -154,23 +158,24 @@ class Bench:
                 return host.Disk(0 if d.name == "backing" else host.DISK_SIZE)
 
     def mark(self, name: bytes) -> None:
-        """Have `reset(name)` bring back what is now: no time has passed since the construction."""
+        """Have `reset(name)` bring back what is now."""
         memory = b"" if self._guest is None else self._guest.rings()
-        self._marks[name] = _Mark(_Snapshot(self._changing), memory, self._draws)
+        own = {attribute: getattr(self, attribute) for attribute in _OWN}
+        self._marks[name] = _Mark(_Snapshot(self._changing), memory, own)
+
+    def unmark(self, name: bytes) -> None:
+        """Forget a mark, if there is one."""
+        self._marks.pop(name, None)
 
     def reset(self, name: bytes = b"") -> None:
         """Back to a mark, by default the state after construction, at a small part of its cost."""
-        snapshot, memory, self._draws = self._marks[name]
+        snapshot, memory, own = self._marks[name]
         snapshot.restore()
         if self._guest is not None:
             self._guest.reset(memory)
-        self.now_ns, self.wall_ns = self._start
+        self.__dict__.update(own)
         self._raised.clear()
         self._used.clear()
-        self._pending = b""
-        self._repeats = REPEATS_MAX
-        self._saved = False
-        self._waiting = False
 
     def run(self, data: bytes, seen: list[Step] | None = None) -> None:
         """Put the model through canonical records that are no recording; into `seen` goes what each brought.
@@ -184,7 +189,7 @@ class Bench:
         write = model.write if self._guest is None else self._guest.write
         raised, others = self._raised, self._others
         self._looking = seen is not None
-        last: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+        last = self._last
         for op, space, size, aux, offset, value in RECORD.iter_unpack(data):
             got: int | None = None
             if op == 0:  # Op.READ, Op.WRITE: by number, because this is most of what is done
@@ -195,6 +200,11 @@ class Bench:
             elif op == 1:
                 write(space, offset, size, value)
                 last = (op, space, offset, size, value)
+            elif op == _DATA:  # which the model does not see
+                if len(self._pending) < PENDING_MAX:
+                    self._pending += value.to_bytes(8, "little")[:size]
+                if seen is None:
+                    continue
             elif op == _REPEAT:
                 if last[3]:
                     got = self._repeat(last, value)
@@ -210,6 +220,7 @@ class Bench:
                     raised.clear()
             if seen is not None:
                 seen.append(self._step(got))
+        self._last = last
         if self._repeats < REPEATS_MAX:
             self._check_growth()
 
@@ -234,7 +245,10 @@ class Bench:
         if again != steps:
             where = next(i for i, (a, b) in enumerate(zip(again, steps, strict=True)) if a != b)
             raise Finding("fresh", f"operation {where}: {steps[where]} from a new model, not {again[where]}")
-        other._check_restore(self._make())
+        if self._spare is None:
+            self._spare = self._make()
+        self._spare.reset()
+        other._check_restore(self._spare)
         alive()
         if other._guest is None:  # whose interrupts are counted by what was used
             other._check_quiet()
@@ -307,10 +321,6 @@ class Bench:
     def _wall(self, _space: int, _size: int, _aux: int, _offset: int, ns: int) -> None:
         # A clock that is nanoseconds in 64 bits; the host's cannot show anything else.
         self.wall_ns = min(max(self.wall_ns + ns - (ns >> 63 << 64), -_I63), _I63 - 1)
-
-    def _data(self, _space: int, size: int, _aux: int, _offset: int, value: int) -> None:
-        if len(self._pending) < PENDING_MAX:
-            self._pending += value.to_bytes(8, "little")[:size]
 
     def _type(self, space: int, _size: int, _aux: int, _offset: int, _value: int) -> None:
         self._waiting = True
@@ -418,6 +428,7 @@ def memory_of(entry: Entry, params: Params) -> GuestMemory | None:
     return GuestMemory.create([(0, below)])
 
 
+_ATOMS: Final = frozenset({int, bool, float, bytes, str, type(None)})
 _FIXED: Final = (
     regs._Bank,
     GuestMemory,
@@ -438,6 +449,7 @@ class _Snapshot:
     """
 
     def __init__(self, roots: list[object]) -> None:
+        self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []  # by their attributes
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[Any, Any]] = []  # what takes a slice
         self._sets: list[tuple[set[Any], set[Any]]] = []
@@ -447,7 +459,7 @@ class _Snapshot:
         todo: deque[object] = deque(roots)
         while todo:
             item = todo.popleft()
-            if id(item) in known:
+            if type(item) in _ATOMS or id(item) in known:
                 continue
             known.add(id(item))
             todo.extend(self._take(item))
@@ -470,7 +482,7 @@ class _Snapshot:
         elif kind in _FIXED:
             return
         elif isinstance(getattr(item, "__dict__", None), dict) and not callable(item):
-            self._dicts.append((item.__dict__, dict(item.__dict__)))
+            self._objects.append((item.__dict__, dict(item.__dict__)))
             yield from item.__dict__.values()
             return
         else:
@@ -483,6 +495,13 @@ class _Snapshot:
         self.extent += len(item)  # type: ignore[arg-type]
 
     def restore(self) -> None:
+        for now, then in self._objects:
+            now.update(then)
+            if len(now) != len(
+                then
+            ):  # the order of attributes means nothing, so it is rarely worth a clear()
+                now.clear()
+                now.update(then)
         for now, then in self._dicts:
             now.clear()
             now.update(then)

@@ -21,6 +21,7 @@ import hashlib
 import re
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from devproc import child, jail
@@ -45,6 +46,7 @@ _REPLY_INPUTS: Final = 256  # in one answer
 _CHECK_EVERY: Final = 512  # inputs; what reaches something new is always checked
 _RESTART: Final = bytes([Op.RESTART])
 _STARTS_MAX: Final = 96  # marks of the bench, each a copy of the rings
+_TAILS: Final = 64  # inputs that begin with the same operations, one after the other
 _RECORD_MAX: Final = 1 << 20
 _FRAMES: Final = 3  # of a traceback that tell findings apart
 
@@ -121,6 +123,10 @@ class Executor:
         self._known: set[str] = set()  # keys of findings that were reported
         self._runs = 0
         self._beats = 0
+        self._whole = b""  # what the inputs now made begin with, is marked up to here
+        self._stem = b""
+        self._tails = 0  # to be made of it
+        self._tried: set[bytes] = set()
         self._bench = self._new_bench()
         self.device: Device = self._bench.model
 
@@ -162,28 +168,62 @@ class Executor:
         began = self._runs
         for text in asked["inputs"]:
             self._try(canonical(self._entry, bytes.fromhex(text)), new, found, check=True)
-        rnd, mutator = self._random, self._mutator
         until = began + asked["count"]
-        data = b""
         while self._runs < until and len(new) < _REPLY_INPUTS and len(found) < _REPLY_INPUTS:
-            corpus = self._corpus
-            if rnd() < 0.02 + 1 / (1 + len(corpus)):
-                data = mutator.fresh()
+            if self._tails:
+                self._try_tail(self._mutator, new, found)
             else:
-                # The later ones are the deeper ones.
-                data = corpus[int(rnd() ** 0.5 * len(corpus))]
-                other = corpus[int(rnd() * len(corpus))]
-                if len(other) < len(data) and rnd() < 0.5:  # the shorter ones are the quicker ones
-                    data, other = other, data
-                data = mutator.mutate(data, other)
-            self._try(data, new, found)
+                self._whole = self._made(self._mutator)
+                self._try(self._whole, new, found)
+                self._plant(self._random)
         return {
             "runs": self._runs - began,
             "new": new,
             "found": found,
-            "sample": data.hex(),
+            "sample": self._whole.hex(),
             "covered": self._indices(self._seen),
         }
+
+    def _made(self, mutator: Mutator) -> bytes:
+        """A new input, or one of the corpus that is changed."""
+        rnd, corpus = self._random, self._corpus
+        if rnd() < 0.02 + 1 / (1 + len(corpus)):
+            return mutator.fresh()
+        # The later ones are the deeper ones.
+        data = corpus[int(rnd() ** 0.5 * len(corpus))]
+        other = corpus[int(rnd() * len(corpus))]
+        if len(other) < len(data) and rnd() < 0.5:  # the shorter ones are the quicker ones
+            data, other = other, data
+        return mutator.mutate(data, other)
+
+    def _plant(self, rnd: Callable[[], float]) -> None:
+        """Mark where the bench is after a part of the last input, which the next ones begin with.
+
+        So most inputs take no longer than what is new in them.
+        """
+        if self._stem and (len(self._stem) > RECORD.size or self._stem[:1] != _RESTART):
+            self._bench.unmark(self._stem)
+            self._started.pop(self._stem, None)
+        count = len(self._whole) // RECORD.size
+        self._stem = stem = self._whole[: int(rnd() ** 0.25 * (count + 1)) * RECORD.size]
+        self._tails = _TAILS
+        self._tried.clear()
+        if stem and stem not in self._started:
+            try:
+                self._run(stem)
+                self._mark(stem)
+            except Exception:  # which was found when all of it was run
+                self._bench = self._new_bench()
+                self._tails = 0
+
+    def _try_tail(self, mutator: Mutator, new: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+        self._tails -= 1
+        corpus = self._corpus
+        other = corpus[int(self._random() * len(corpus))] if corpus else b""
+        tail = mutator.tail(self._whole[len(self._stem) :], other)
+        if tail not in self._tried:
+            self._tried.add(tail)
+            self._try(self._stem + tail, new, found, stem=self._stem)
 
     def _exact(self, asked: dict[str, Any]) -> dict[str, Any]:
         blocks: list[list[int]] = []
@@ -226,11 +266,16 @@ class Executor:
     # -- one input
 
     def _try(
-        self, data: bytes, new: list[dict[str, Any]], found: list[dict[str, Any]], check: bool = False
+        self,
+        data: bytes,
+        new: list[dict[str, Any]],
+        found: list[dict[str, Any]],
+        check: bool = False,
+        stem: bytes = b"",
     ) -> None:
         """Run it; what is new joins the corpus and `new`, a finding that was not reported joins `found`."""
         try:
-            hit = self._run(data)
+            hit = self._run(data, stem)
             if hit not in self._patterns:
                 if len(self._patterns) >= _PATTERNS_MAX:
                     self._patterns.clear()
@@ -266,28 +311,28 @@ class Executor:
                     break
         return data
 
-    def _run(self, data: bytes) -> bytes:
-        """A byte for each block, 1 if `data` reached it."""
+    def _run(self, data: bytes, stem: bytes = b"") -> bytes:
+        """A byte for each block, 1 if `data` reached it; run from the mark of `stem` on, if there is one."""
         self._begin(data)
-        bench = self._bench
-        first = data[: RECORD.size]
-        if first[:1] != _RESTART:
-            bench.reset()
-            bench.run(data)
-            return self._page.map[: self._blocks]
-        # What a new device does with it is the same each time, and would be most of what is done.
-        reached = self._started.get(first)
-        if reached is None:
-            bench.reset()
-            bench.run(first)
-            if len(self._started) < _STARTS_MAX:
-                bench.mark(first)
-                self._started[first] = self._page.map[: self._blocks]
-        else:
-            self._page.map[: self._blocks] = reached
-            bench.reset(first)
-        bench.run(data[RECORD.size :])
+        bench, started = self._bench, self._started
+        if not stem or stem not in started:
+            stem = b""
+            if data[:1] == _RESTART and (len(started) < _STARTS_MAX or data[: RECORD.size] in started):
+                # What a new device does with it is the same each time, and would be most of what is done.
+                stem = data[: RECORD.size]
+                if stem not in started:
+                    bench.reset()
+                    bench.run(stem)
+                    self._mark(stem)
+        self._page.map[: self._blocks] = started[stem]
+        bench.reset(stem)
+        bench.run(data[len(stem) :])
         return self._page.map[: self._blocks]
+
+    def _mark(self, name: bytes) -> None:
+        """Have inputs begin here that begin with `name`, which was just run."""
+        self._bench.mark(name)
+        self._started[name] = self._page.map[: self._blocks]
 
     def _begin(self, data: bytes) -> None:
         self._runs += 1
@@ -304,7 +349,7 @@ class Executor:
         self._seen |= int.from_bytes(self._page.map[: self._blocks], "little")
 
     def _new_bench(self) -> Bench:
-        self._started: dict[bytes, bytes] = {}  # blocks by the RESTART that the bench has a mark for
+        self._started = {b"": self._zeros}  # blocks by the beginning of inputs that the bench has a mark for
         return Bench(self._entry, self._model, self._params, memory=self._memory)
 
     def _indices(self, bits: int) -> list[int]:

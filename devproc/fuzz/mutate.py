@@ -162,7 +162,11 @@ class Mutator:
             start, data = data[:_SIZE], data[_SIZE:]
         return (start + self._mutated(data, other))[:LENGTH_MAX]
 
-    def _mutated(self, data: bytes, other: bytes) -> bytes:
+    def tail(self, data: bytes, other: bytes) -> bytes:
+        """`data`, the end of an input, changed in a place or two: what is run again and again is short."""
+        return self._mutated(data, other, 0.7)[:LENGTH_MAX]
+
+    def _mutated(self, data: bytes, other: bytes, enough: float = 0.45) -> bytes:
         rnd = self.random
         while True:
             count = len(data) // _SIZE
@@ -187,7 +191,7 @@ class Mutator:
             else:
                 take = int(rnd() * (len(other) // _SIZE + 1)) * _SIZE
                 data = data[:at] + other[take:]
-            if rnd() < 0.45:
+            if rnd() < enough:
                 return data
 
     def _changed(self, record: bytes) -> bytes:

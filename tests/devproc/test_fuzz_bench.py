@@ -95,6 +95,34 @@ def test_a_reset_bench_is_as_a_new_one(name: str, tmp_path: Path, monkeypatch: p
     assert bench.model.counters() == bench_of(entry).model.counters()
 
 
+@pytest.mark.parametrize("name", CATALOG)
+def test_from_the_mark_of_its_beginning_an_input_does_what_it_does_as_a_whole(name: str) -> None:
+    entry = CATALOG[name]
+    params = entry.check_params(default_params(entry))
+    model = child.load(entry)
+    bench, whole = (Bench(entry, model, params, memory=memory_of(entry, params)) for _ in range(2))
+    source = Mutator(entry, model.TABLES, (), 1)
+    for _ in range(15):
+        data = source.mutate(source.fresh(), source.fresh())
+        stem = data[: int(source.random() * (len(data) // RECORD.size + 1)) * RECORD.size]
+        bench.reset()
+        bench.run(stem, [])
+        bench.mark(b"here")
+        for _ in range(10):
+            tail = source.tail(data[len(stem) :], source.fresh())
+            bench.reset(b"here")
+            whole.reset()
+            whole.run(stem, [])
+            told: list[list[Step]] = []
+            for one in (bench, whole):
+                told.append([])
+                one.run(tail, told[-1])
+            assert told[0] == told[1]
+            assert bench.model.save() == whole.model.save()
+            assert bench.model.counters() == whole.model.counters()
+        bench.unmark(b"here")
+
+
 @pytest.mark.parametrize("name", LEGACY)
 def test_what_mutation_makes_is_canonical(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = copied(name, tmp_path, monkeypatch, f"made_{name.replace('-', '_')}")
