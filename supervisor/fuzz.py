@@ -53,12 +53,12 @@ from supervisor.subject import Died, Subject
 EXIT_FINDING: Final = FOUND["crash"]
 SLOW: Final = 5  # how much longer an input may take when it is run by itself
 _LOST_S: Final = 60.0  # a process that uses no CPU time and does not answer
-_BATCH_S: Final = 0.25  # how long a request should take
+_BATCH_S: Final = 0.5  # CPU time that a request should take
 _LOOK_S: Final = 0.01  # how often the watch looks
 _INPUTS_PER_REQUEST: Final = 128
 _STATUS_S: Final = 0.5
 _SAMPLE_S: Final = 1.0  # how often an input that reached nothing new is rehearsed, too
-_SPARE: Final = 20  # times as long as comparing takes nothing is compared, where that takes long
+_SPARE: Final = 10  # times as long as comparing takes nothing is compared
 _RECORDED_MAX: Final = 64  # operations of an input that is recorded to be compared
 _PART: Final = 48 * RECORD.size  # of a recording, to be an input
 
@@ -250,6 +250,7 @@ class Worker:
         self.backlog: list[bytes] = []
         self._token = 0
         self._answered = 0  # inputs begun when it last answered
+        self._asked_ns = 0  # of its CPU time
         self._pulse = (0, 0)
         self._cpu_ns = 0
         self._moved_s = 0.0
@@ -259,6 +260,7 @@ class Worker:
         self.subject.page.ask(request)
         self._token = (self._token + 1) & 0xFFFFFFFF
         self.busy = True
+        self._asked_ns = self.subject.cpu_ns()
         self._pulse, self._cpu_ns, self._moved_s = (-1, 0), 0, time.monotonic()
         try:
             self.subject.control.send(Ping(self._token))
@@ -281,6 +283,10 @@ class Worker:
         self.busy = False
         self._answered, _ = self.subject.page.current()
         return answer
+
+    def took_s(self) -> float:
+        """CPU time since it was asked: what it is to be asked next must not depend on what else goes on."""
+        return (self.subject.cpu_ns() - self._asked_ns) / 1e9
 
     def watch(self) -> None:
         """Look whether it goes on.  Raises Died."""
@@ -334,7 +340,9 @@ class Campaign:
         self.say = say
         self._undo = contextlib.ExitStack()
         self.stopped = False
-        self._sample_s = 0.0  # when the next one is due
+        self._uncompared: list[bytes] = []  # what has reached something new, and is still to be compared
+        self._sample = b""  # what has not
+        self._sample_s = 0.0  # when the next is due
         self.params = default_params(self.entry) if plan.params is None else plan.params
         try:
             self.result.blocks = instrument.blocks(self.entry)
@@ -386,40 +394,41 @@ class Campaign:
         began_s = time.monotonic()
         shown_s = 0.0
         counts = dict.fromkeys(range(plan.workers), 200)
-        asked_s = dict.fromkeys(range(plan.workers), 0.0)
+
+        def over() -> bool:
+            return (
+                self.stopped
+                or (plan.stop and bool(result.findings))
+                or (plan.time_s is not None and result.seconds >= plan.time_s)
+                or (plan.runs is not None and result.runs >= plan.runs)
+            )
+
         with self.interruptible():
             while True:
                 now_s = time.monotonic()
                 result.seconds = now_s - began_s
-                over = (
-                    self.stopped
-                    or (plan.stop and bool(result.findings))
-                    or (plan.time_s is not None and result.seconds >= plan.time_s)
-                    or (plan.runs is not None and result.runs >= plan.runs)
-                )
-                if over and not any(w.busy for w in workers):
+                if over() and not any(w.busy for w in workers):
                     break
                 for w in workers:
                     try:
-                        if not w.busy and not over:
-                            left = counts[w.number]
-                            if plan.runs is not None:
-                                left = min(left, max(1, (plan.runs - result.runs) // plan.workers))
-                            asked_s[w.number] = now_s
-                            w.ask(self._request(w, left))
-                        elif w.busy and w.wait(0):
-                            answer = w.answer()
-                            took_s = max(time.monotonic() - asked_s[w.number], 0.001)
-                            factor = min(max(_BATCH_S / took_s, 0.5), 2.0)
+                        if w.busy and w.wait(0):
+                            answer, took_s = w.answer(), w.took_s()
+                            factor = min(max(_BATCH_S / max(took_s, 0.001), 0.5), 2.0)
                             counts[w.number] = min(max(int(counts[w.number] * factor), 50), 100_000)
                             self._take(w, workers, answer)
                         elif w.busy:
                             w.watch()
+                        if not w.busy and not over():
+                            left = counts[w.number]
+                            if plan.runs is not None:
+                                left = min(left, max(1, (plan.runs - result.runs) // plan.workers))
+                            w.ask(self._request(w, left))
                     except Died as death:
                         self._bury(w, death)
                 if now_s - shown_s >= _STATUS_S:
                     shown_s = now_s
                     status(result.line())
+                self._compare_some()  # while they work
                 busy = [fd for w in workers if w.busy for fd in w.subject.waiting]
                 select.select(busy, [], [], _LOOK_S)
         result.seconds = time.monotonic() - began_s
@@ -459,17 +468,8 @@ class Campaign:
                     other.backlog.append(data)
         for data in found:
             self.report(self._judged(data), data)
-        now_s = time.monotonic()
-        if self.entry.guest_memory:  # where one takes as long as thousands of inputs
-            if now_s >= self._sample_s:
-                self._compare(fresh[-1] if fresh else sample)
-                self._sample_s = time.monotonic() + max(_SAMPLE_S, _SPARE * (time.monotonic() - now_s))
-            return
-        if now_s >= self._sample_s:
-            self._sample_s = now_s + _SAMPLE_S
-            fresh.append(sample)
-        for data in fresh:
-            self._compare(data)
+        self._uncompared += fresh
+        self._sample = sample
 
     def keep(self, data: bytes) -> None:
         """Have it join the corpus."""
@@ -484,11 +484,19 @@ class Campaign:
         elif corpus is not None:
             corpus[name] = data
 
-    def _compare(self, data: bytes) -> None:
+    def _compare_some(self) -> None:
+        """Compare an input if it is time to, the newest first: one takes as long as thousands are run."""
+        now_s = time.monotonic()
+        fresh = bool(self._uncompared)
+        if now_s < self._sample_s or not (fresh or self._sample):
+            return
+        data = self._uncompared.pop() if fresh else self._sample
         try:
-            self.report(self.compare(data) if data else None, data)
+            self.report(self.compare(data), data)
         except Died as death:
             self._bury(self.judge, death)
+        took_s = time.monotonic() - now_s
+        self._sample_s = now_s + took_s + max(0 if fresh else _SAMPLE_S, _SPARE * took_s)
 
     def _bury(self, worker: Worker, death: Died) -> None:
         """An executor died of the input in its page."""
