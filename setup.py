@@ -19,6 +19,6 @@ setup(
     cffi_modules=["kvmcore/_build.py:ffibuilder"],
     ext_modules=[
         extension("_mailbox", "kvmcore/_mailbox.h"),
-        extension("_ring", "devproc/_ring.h", "devproc/_batch.h"),
+        extension("_ring", "devproc/_ring.h", "devproc/_batch.h", "devproc/_frames.h"),
     ],
 )

@@ -1,6 +1,6 @@
 /* The device's end of a split virtqueue (_ring.h) as Python's type `Ring`, a `chain.Queue`.  It is in C because the
  * walk of Python's split.SplitQueue, its reference, is most of what a request costs a device process; without Python
- * it is fuzzed as a whole (integration/fuzz/ring.c).  What needs no Python at all is served at once (_batch.h).
+ * it is fuzzed as a whole (integration/fuzz/ring.c).  What needs no Python at all is served at once (_batch.h, _frames.h).
  *
  * Left out: doubts about the arguments of `Ring`, which split.py has checked. */
 #define _GNU_SOURCE
@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include "_batch.h"
+#include "_frames.h"
 
 enum { CHAIN_ID = 0, CHAIN_WRITE_SIZE = 4, CHAIN_FIELDS = 6 }; /* of chain.Chain */
 
@@ -17,6 +18,7 @@ typedef struct {
     struct region *regions;
     Py_buffer *buffers; /* where the regions are */
     PyObject *chain, *span, *chain_error; /* classes of chain.py */
+    uint64_t frame_size; /* of the last frame that was received */
 } Ring;
 
 static bool add_regions(Ring *self, PyObject *regions)
@@ -112,18 +114,34 @@ static PyObject *new_tuple(PyObject *class, Py_ssize_t n)
     return PyType_GenericAlloc((PyTypeObject *)class, n);
 }
 
-static PyObject *spans(Ring *self, const struct chain *c, uint32_t from, uint32_t to)
+static PyObject *spans(Ring *self, const uint64_t *gpa, const struct iovec *iov, uint32_t n)
 {
-    PyObject *all = PyTuple_New(to - from);
-    for (uint32_t i = from; all && i < to; i++) {
+    PyObject *all = PyTuple_New(n);
+    for (uint32_t i = 0; all && i < n; i++) {
         PyObject *span = new_tuple(self->span, 2);
-        bool done = span && put(span, 0, PyLong_FromUnsignedLongLong(c->gpa[i])) &&
-                    put(span, 1, PyLong_FromSize_t(c->iov[i].iov_len));
-        if (!done || PyTuple_SetItem(all, i - from, Py_NewRef(span)))
+        bool done = span && put(span, 0, PyLong_FromUnsignedLongLong(gpa[i])) &&
+                    put(span, 1, PyLong_FromSize_t(iov[i].iov_len));
+        if (!done || PyTuple_SetItem(all, i, Py_NewRef(span)))
             Py_CLEAR(all);
         Py_XDECREF(span);
     }
     return all;
+}
+
+/* The `chain.Chain` of a buffer, `n_readable` and `n_writable` elements from `gpa` and `iov` on. */
+static PyObject *chain_of(Ring *self, const struct buffer *b, const uint64_t *gpa, const struct iovec *iov,
+                          uint32_t n_readable, uint64_t read_size)
+{
+    uint32_t n_writable = b->n - n_readable;
+    PyObject *chain = new_tuple(self->chain, CHAIN_FIELDS);
+    if (chain && put(chain, CHAIN_ID, PyLong_FromLong(b->id)) && put(chain, 1, spans(self, gpa, iov, n_readable)) &&
+        put(chain, 2, spans(self, gpa + n_readable, iov + n_readable, n_writable)) &&
+        put(chain, 3, PyLong_FromUnsignedLongLong(read_size)) &&
+        put(chain, CHAIN_WRITE_SIZE, PyLong_FromUnsignedLongLong(b->size)) &&
+        put(chain, 5, PyLong_FromUnsignedLong(b->descriptors)))
+        return chain;
+    Py_XDECREF(chain);
+    return NULL;
 }
 
 static PyObject *ring_pop_chain(Ring *self, PyObject *none)
@@ -139,14 +157,8 @@ static PyObject *ring_pop_chain(Ring *self, PyObject *none)
     case POPPED:
         break;
     }
-    PyObject *chain = new_tuple(self->chain, CHAIN_FIELDS);
-    if (chain && put(chain, CHAIN_ID, PyLong_FromLong(c.id)) && put(chain, 1, spans(self, &c, 0, c.n_readable)) &&
-        put(chain, 2, spans(self, &c, c.n_readable, c.n)) && put(chain, 3, PyLong_FromUnsignedLongLong(c.read_size)) &&
-        put(chain, CHAIN_WRITE_SIZE, PyLong_FromUnsignedLongLong(c.write_size)) &&
-        put(chain, 5, PyLong_FromUnsignedLong(c.descriptors)))
-        return chain;
-    Py_XDECREF(chain);
-    return NULL;
+    struct buffer b = {c.id, c.descriptors, 0, c.n, c.write_size};
+    return chain_of(self, &b, c.gpa, c.iov, c.n_readable, c.read_size);
 }
 
 /* The number that is a field of a chain; -1 with an exception set. */
@@ -233,6 +245,69 @@ static PyObject *ring_transfer_plain(Ring *self, PyObject *args)
     return Py_BuildValue("KII", (unsigned long long)turn.left, turn.reads, turn.writes);
 }
 
+static PyObject *ring_send_plain(Ring *self, PyObject *args)
+{
+    int fd;
+    unsigned most;
+    unsigned long long features;
+    if (!PyArg_ParseTuple(args, "iKI", &fd, &features, &most))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    most = ring_send(&self->ring, fd, features, most);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLong(most);
+}
+
+/* The chains that a frame which is handed over is in. */
+static PyObject *chains_of(Ring *self, const struct buffers *b)
+{
+    PyObject *all = PyTuple_New(b->n);
+    for (uint32_t i = 0; all && i < b->n; i++) {
+        const struct buffer *each = &b->buffer[i];
+        if (!put(all, i, chain_of(self, each, &b->gpa[each->first], &b->iov[each->first], 0, 0)))
+            Py_CLEAR(all);
+    }
+    return all;
+}
+
+static PyObject *ring_receive_plain(Ring *self, PyObject *args)
+{
+    struct card card;
+    struct frame frame;
+    struct buffers buffers;
+    enum received why;
+    unsigned most, received = 0;
+    unsigned long long offloads, size_max;
+    int promisc, allmulti;
+    Py_buffer head, tail, mac;
+    PyObject *chains = NULL;
+    if (!PyArg_ParseTuple(args, "iw*w*y*ppKKI", &card.fd, &head, &tail, &mac, &promisc, &allmulti, &offloads,
+                          &size_max, &most))
+        return NULL;
+    if (head.len == PEEK && tail.len == (Py_ssize_t)(sizeof(struct net_header) + FRAME_MAX) && mac.len == 6) {
+        card.offloads = offloads;
+        card.most = size_max;
+        card.mac = mac.buf;
+        card.promisc = promisc;
+        card.allmulti = allmulti;
+        card.tail = tail.buf;
+        Py_BEGIN_ALLOW_THREADS
+        received = ring_receive(&self->ring, &card, most, &self->frame_size, &frame, &buffers, &why);
+        Py_END_ALLOW_THREADS
+        if (frame.size)
+            memcpy(head.buf, frame.head, PEEK);
+        chains = chains_of(self, &buffers);
+    } else {
+        PyErr_SetString(PyExc_AssertionError, "head, tail or mac of a wrong size");
+    }
+    PyBuffer_Release(&head);
+    PyBuffer_Release(&tail);
+    PyBuffer_Release(&mac);
+    return chains ? Py_BuildValue("INNKKN", received, PyBool_FromLong(why == STARVED), PyBool_FromLong(why == ODD),
+                                  (unsigned long long)frame.size, (unsigned long long)frame.direct, chains)
+                  : NULL;
+}
+
 static PyObject *ring_size(Ring *self, void *none)
 {
     (void)none;
@@ -254,6 +329,8 @@ static PyMethodDef ring_methods[] = {
     {"push_together", (PyCFunction)ring_push_together, METH_O, NULL},
     {"wants_interrupt", (PyCFunction)ring_wants, METH_NOARGS, NULL},
     {"transfer", (PyCFunction)ring_transfer_plain, METH_VARARGS, NULL},
+    {"send", (PyCFunction)ring_send_plain, METH_VARARGS, NULL},
+    {"receive", (PyCFunction)ring_receive_plain, METH_VARARGS, NULL},
     {0},
 };
 

@@ -125,6 +125,10 @@ class Link(Protocol):
     def up(self) -> bool:
         """Whether there is still somebody at the other end; once gone it does not come back."""
 
+    @property
+    def tap(self) -> int:
+        """The descriptor at which `receive` and `send` are readv(2) and writev(2), in C too; -1 for none."""
+
     def receive(self, buffers: Sequence[Buffer]) -> int:
         """The next frame into `buffers`, one after the other: its size with header, 0 when there is none now.
 

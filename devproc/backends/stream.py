@@ -23,6 +23,7 @@ class Stream(Link):
     """The port `ports.Link` on a socket's `fd`; what comes is read in large pieces."""
 
     offloads = False
+    tap = -1
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)

@@ -23,6 +23,10 @@ class Tap(Link):
 
     offloads = True
 
+    @property
+    def tap(self) -> int:
+        return self.fd if self.up else -1
+
     def receive(self, buffers: Sequence[Buffer]) -> int:
         try:
             return os.readv(self.fd, buffers)

@@ -1,8 +1,10 @@
 """A virtio network card (virtio 1.2, section 5.1).
 
-The host's end is a `Link`: a tap with checksum and segmentation offload, or a stream of plain frames.  Left
-out: UDP segmentation (UFO, USO), receive-side scaling and hash reports, VLAN filtering (every tag passes),
-CTRL_RX_EXTRA, announcements, speed and duplex, coalescing, and the legacy interface.
+The host's end is a `Link`: a tap with checksum and segmentation offload, or a stream of plain frames.  A
+tap's frames are moved in C (devproc/_frames.h), which has split rings alone, as long as there is nothing to
+decide; what is to be dropped, filtered, limited or waited for is decided here.  Left out: UDP segmentation
+(UFO, USO), receive-side scaling and hash reports, VLAN filtering (every tag passes), CTRL_RX_EXTRA,
+announcements, speed and duplex, coalescing, and the legacy interface.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from struct import Struct
 from typing import Annotated, Any, Final
 
 from devproc import state
+from devproc._ring import Ring
 from devproc.backends.ratelimit import RateLimit
 from devproc.catalog import NET, NET_PAIRS
 from devproc.ports import Clock, Link
 from devproc.regs import Register
 from devproc.state import Length, Range
-from devproc.virtio.chain import Chain, Span, part
+from devproc.virtio.chain import Chain, Queue, Span, part
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
 from devproc.virtio.spec import F_RING_PACKED
 
@@ -129,6 +132,14 @@ class _Receiver:
     def spans(self) -> list[Span]:
         return [span for chain in self.chains for span in chain.writable]
 
+    def give_back(self, queue: Queue | None) -> None:
+        """Have the chains popped again."""
+        if queue is not None:
+            for chain in reversed(self.chains):
+                queue.unpop(chain)
+        self.chains.clear()
+        self.room = 0
+
 
 class VirtioNet(VirtioDevice):
     """One card: queues receive 0, transmit 0, receive 1, ..., and after the last pair the control queue.
@@ -189,6 +200,7 @@ class VirtioNet(VirtioDevice):
         self._clock: Final = clock
         self._own_mac: Final = mac
         self._mtu: Final = mtu
+        self._plain: Final = not (bps or pps)
         self._limits: Final = RateLimit(bps, pps), RateLimit(bps, pps)  # of receive and of transmit queues
         self._plugged = True
         self._counts |= dict.fromkeys(
@@ -267,6 +279,13 @@ class VirtioNet(VirtioDevice):
         self.go_on(index, ready_ns)
         return False
 
+    def _plain_ring(self, index: int, link: Link) -> Ring | None:
+        """The queue, if frames may be moved between it and the link in C (devproc/_frames.h)."""
+        queue = self.queues[index]
+        if isinstance(queue, Ring) and self._plain and self._plugged and link.tap >= 0:
+            return queue
+        return None
+
     # -- receiving (5.1.6.3, 5.1.6.4)
 
     def _wants_frame(self, source: int) -> bool:
@@ -278,36 +297,58 @@ class VirtioNet(VirtioDevice):
 
     def _receive(self, pair: int, source: int) -> None:
         """Frames of the host's queue `source` for the driver's `pair`, as many as make a turn."""
-        index = 2 * pair
-        for _ in range(BATCH):
-            if not self._may(index) or not self._receive_one(pair, source):
+        index, r, left = 2 * pair, self._receivers[pair], BATCH
+        while left > 0 and self._may(index):
+            if not r.size:
+                left -= self._read(pair, source, left)
+                if not r.size:
+                    break
+            if not self._take(pair):
                 break
-        else:
+            left -= 1
+        if left <= 0:
             self.go_on(index)
         self.notify(index)
 
-    def _receive_one(self, pair: int, source: int) -> bool:
-        """Whether there was a frame, which has been delivered or dropped."""
-        r = self._receivers[pair]
-        if not r.size:
-            if not self._gather(pair, _PEEK):
-                return False
+    def _read(self, pair: int, source: int, most: int) -> int:
+        """Read a frame if there is one, after up to `most` that are delivered at once: how many these are."""
+        r, link = self._receivers[pair], self._links[source]
+        received, odd = 0, True
+        if (ring := self._plain_ring(2 * pair, link)) and self.features & F_MRG_RXBUF:
+            r.give_back(ring)
+            longest = self._mtu + ETH_SIZE + _VLAN_SIZE if self.features & F_MTU else FRAME_MAX
+            received, r.starved, odd, r.size, r.direct, chains = ring.receive(
+                link.tap,
+                r.head,
+                r.tail,
+                self._mac,
+                self._promisc,
+                self._allmulti,
+                self._offloads,
+                longest,
+                most,
+            )
+            r.chains += chains
+            r.room = sum(chain.write_size for chain in chains)
+            self._counts["rx_frames"] += received
+        if odd and self._gather(pair, _PEEK):
             views = self.memory.views(part(r.spans()[:_SPANS_MAX], _PEEK, FRAME_MAX))
             r.direct = sum(map(len, views))
-            r.size = self._links[source].receive([r.head, *views, r.tail])
-            if not r.size:
-                return False
-            if not self._wanted(r):
-                r.size = 0
-                return True
-        if self._gather(pair, r.size):
-            self._limits[0].take(self._clock(), r.size)
-            self._deliver(pair)
-            self._counts["rx_frames"] += 1
-        elif r.starved and sum(chain.descriptors for chain in r.chains) < self._ring_size(pair):
-            return False  # the driver has more buffers to give
-        else:
-            self._counts["rx_dropped"] += 1
+            r.size = link.receive([r.head, *views, r.tail])
+        return received
+
+    def _take(self, pair: int) -> bool:
+        """Deliver or drop the frame that was read; not so while it waits for buffers."""
+        r = self._receivers[pair]
+        if self._wanted(r):
+            if self._gather(pair, r.size):
+                self._limits[0].take(self._clock(), r.size)
+                self._deliver(pair)
+                self._counts["rx_frames"] += 1
+            elif r.starved and sum(chain.descriptors for chain in r.chains) < self._ring_size(pair):
+                return False  # the driver has more buffers to give
+            else:
+                self._counts["rx_dropped"] += 1
         r.size = 0
         return True
 
@@ -390,8 +431,10 @@ class VirtioNet(VirtioDevice):
     def _transmit(self, pair: int) -> None:
         """Frames of the driver's `pair`, as many as make a turn; also when the host has room again."""
         index = 2 * pair + 1
-        for _ in range(BATCH):
-            chain = self.pop(index) if self._may(index) else None
+        left = BATCH
+        while left > 0 and self._may(index):
+            left -= self._transmit_plain(pair, left)
+            chain = self.pop(index) if left > 0 else None
             if chain is None:
                 break
             if not self._transmit_one(pair, chain):
@@ -400,9 +443,18 @@ class VirtioNet(VirtioDevice):
                 queue.unpop(chain)
                 break
             self.push(index, chain, 0)
-        else:
+            left -= 1
+        if left <= 0:
             self.go_on(index)
         self.notify(index)
+
+    def _transmit_plain(self, pair: int, most: int) -> int:
+        """Have up to `most` frames sent that are plain: how many."""
+        link = self._links[pair]
+        ring = self._plain_ring(2 * pair + 1, link)
+        sent = ring.send(link.tap, self.features, most) if ring else 0
+        self._counts["tx_frames"] += sent
+        return sent
 
     def _transmit_one(self, pair: int, chain: Chain) -> bool:
         """Whether the frame has been sent or dropped; not so while the host has no room."""
@@ -490,13 +542,10 @@ class VirtioNet(VirtioDevice):
     def _give_back(self) -> None:
         """Return popped chains to their rings, from which they will be popped again; a frame is lost."""
         for queue, r in zip(self.queues[::2], self._receivers, strict=False):
-            if queue is not None:
-                for chain in reversed(r.chains):
-                    queue.unpop(chain)
             self._counts["rx_dropped"] += bool(r.size)
-            r.chains.clear()
-            r.room = r.size = 0
+            r.size = 0
             r.starved = False
+            r.give_back(queue)
 
     def restore(self, data: bytes) -> None:
         s = state.unpack(NetState, data)

@@ -188,6 +188,8 @@ class _Memory(GuestMemory):
 class _Port:
     """A port to the host that gives what the page says."""
 
+    tap = -1  # as of `ports.Link`, for the same reason as `serve`
+
     def __init__(self, feed: Feed, number: int) -> None:
         self._feed = feed
         self._number = number

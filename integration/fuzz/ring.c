@@ -1,10 +1,10 @@
-/* Fuzzes devproc/_ring.h and _batch.h with a libFuzzer target: one input is a program of what a hostile driver and
- * the device do, in order, and of what the driver does while the device does something.
+/* Fuzzes devproc/_ring.h, _batch.h and _frames.h with a libFuzzer target: one input is a program of what a hostile
+ * driver and the device do, in order, and of what the driver does while the device does something.
  *
  * Guest memory is two regions with nothing between them and around them that may be touched.  Besides what the
  * sanitizers see: every element is wholly in a region and clear of the ring; a host's file is only read or written
  * within its size; what the device counts as served is what the driver is shown, never early; a chain or a wish that
- * comes just before a fence is not missed. */
+ * comes just before a fence is not missed; a frame's header makes sense to who gets it, and all of a frame is used. */
 #define _GNU_SOURCE
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -16,13 +16,18 @@
 static void meanwhile(void);
 static ssize_t fuzz_transfer(int fd, const struct iovec *iov, int n, off_t offset, int flags, bool is_write);
 static off_t fuzz_lseek(int fd, off_t offset, int whence);
+static ssize_t fuzz_readv(int fd, const struct iovec *iov, int n);
+static ssize_t fuzz_writev(int fd, const struct iovec *iov, int n);
 
 #undef atomic_thread_fence
 #define atomic_thread_fence(order) meanwhile()
 #define preadv2(fd, iov, n, offset, flags) fuzz_transfer(fd, iov, n, offset, flags, false)
 #define pwritev2(fd, iov, n, offset, flags) fuzz_transfer(fd, iov, n, offset, flags, true)
 #define lseek fuzz_lseek
+#define readv fuzz_readv
+#define writev fuzz_writev
 #include "../../devproc/_batch.h"
+#include "../../devproc/_frames.h"
 
 #define REGION 0x2000u
 #define FD 7
@@ -35,6 +40,8 @@ static struct ring ring;
 static struct chain out[64];
 static uint32_t n_out;
 static uint16_t served; /* used.idx as it has to be */
+static uint64_t features, frame_size; /* of the last frame that was read */
+static uint8_t tail[sizeof(struct net_header) + FRAME_MAX];
 
 /* ---- the driver ---- */
 
@@ -83,6 +90,20 @@ static void put_request(void)
         {0x1900, 1, DESC_F_WRITE, 0},
     };
     memcpy(regions[0].host + desc_at, request, sizeof request);
+}
+
+/* A frame of the driver's in descriptors 0 to 1, or buffers for some of the host's. */
+static void put_frame(void)
+{
+    uint8_t how = u8();
+    struct net_header header = {how & 3, u8() & 0x85, bits(2), u8(), u8(), u8(), 0};
+    memcpy(regions[0].host + 0x1800, &header, sizeof header);
+    struct desc sent[2] = {{0x1800, how & 4 ? 12 : 40, DESC_F_NEXT, 1}, {0x1900, u8() * 4u, 0, 0}};
+    struct desc free[4];
+    for (int i = 0; i < 4; i++)
+        free[i] = (struct desc){0x10000 + i * 0x400u, how & 4 ? 12u + u8() : 0x400, DESC_F_WRITE, 0};
+    how & 8 ? memcpy(regions[0].host + desc_at, sent, sizeof sent)
+            : memcpy(regions[0].host + desc_at, free, sizeof free);
 }
 
 static void offer(void)
@@ -142,6 +163,58 @@ static off_t fuzz_lseek(int fd, off_t offset, int whence)
 {
     REQUIRE(fd == FD && !offset && whence == SEEK_END);
     return u8() == 0xff ? 0 : DISK_SIZE;
+}
+
+static ssize_t fuzz_writev(int fd, const struct iovec *iov, int n)
+{
+    struct net_header h;
+    uint64_t size = 0;
+    REQUIRE(fd == FD && n > 1 && n <= 1024 && iov[0].iov_len == sizeof h && get16(used_at + AT_IDX) == served);
+    memcpy(&h, iov[0].iov_base, sizeof h);
+    meanwhile();
+    for (int i = 1; i < n; i++) {
+        check_iov(&iov[i]);
+        size += iov[i].iov_len;
+    }
+    REQUIRE(size >= ETH_SIZE && size <= FRAME_MAX && (h.flags || !h.gso_type));
+    if (h.flags)
+        REQUIRE(features & to_host.csum && h.csum_start >= ETH_SIZE && h.csum_start + h.csum_offset + 2u <= size &&
+                h.hdr_len <= size && (!h.gso_type || h.gso_size));
+    if (u8() >= 0xf0) {
+        errno = EAGAIN;
+        return -1;
+    }
+    served++;
+    return (ssize_t)(size + sizeof h);
+}
+
+static ssize_t fuzz_readv(int fd, const struct iovec *iov, int n)
+{
+    static const uint32_t sizes[] = {0, 11, 25, 26, 60, 500, 1024, 1036, 2000, 5000, 70000};
+    uint64_t room = 0, left;
+    uint8_t how = u8(), head[PEEK] = {u8() & 3, u8() & 0x85};
+    REQUIRE(fd == FD && n > 1 && n <= 1024 && iov[0].iov_len == PEEK && iov[n - 1].iov_base == tail);
+    REQUIRE(iov[n - 1].iov_len == sizeof tail && get16(used_at + AT_IDX) == ring.next_used);
+    meanwhile();
+    for (int i = 0; i < n; i++) {
+        if (i && i < n - 1)
+            check_iov(&iov[i]);
+        room += iov[i].iov_len;
+    }
+    if (how >= 0xf0) {
+        errno = how & 1 ? EAGAIN : EIO;
+        return -1;
+    }
+    left = frame_size = sizes[how % 11] < room ? sizes[how % 11] : room;
+    head[sizeof(struct net_header)] = how & 0x40 ? 0xff : 0x02; /* a group's address, or the card's */
+    memcpy(iov[0].iov_base, head, sizeof head);
+    for (int i = 0; i < n && left; i++) {
+        uint64_t part = iov[i].iov_len < left ? iov[i].iov_len : left;
+        if (i)
+            memset(iov[i].iov_base, 0xa5, part);
+        left -= part;
+    }
+    return (ssize_t)frame_size;
 }
 
 /* ---- the device ---- */
@@ -209,9 +282,46 @@ static void serve(void)
     REQUIRE(served == (uint16_t)(before + turn.reads + turn.writes));
 }
 
+static void send(void)
+{
+    uint16_t before = served;
+    uint32_t n = ring.n_out, most = u8() & 7, sent;
+    sent = ring_send(&ring, FD, features, most);
+    ring.why[0] = 0;
+    REQUIRE(sent <= most && ring.n_out == n && served == (uint16_t)(before + sent));
+}
+
+static void receive(void)
+{
+    static const uint8_t mac[6] = {0x02};
+    static struct buffers b;
+    static uint64_t expected;
+    struct frame f;
+    enum received why;
+    struct card card = {FD, features, 1500, mac, u8() & 1, u8() & 1, tail};
+    uint32_t n = ring.n_out, most = u8() & 7, received;
+    expected = bits(2);
+    uint16_t before = ring.next_used;
+    received = ring_receive(&ring, &card, most, &expected, &f, &b, &why);
+    ring.why[0] = 0;
+    REQUIRE(received <= most && ring.n_out == n + b.n && !b.n == !f.size);
+    REQUIRE(!f.size || (f.size == frame_size && f.direct + PEEK >= f.direct));
+    if (received == 1 && !f.size && most == 1) { /* all of it is in what was used, and nothing else is */
+        uint64_t written = 0;
+        for (uint16_t at = before; at != ring.next_used; at++) {
+            uint32_t element[2];
+            memcpy(element, regions[0].host + used_at + AT_RING + 8 * (at & (ring.size - 1)), sizeof element);
+            written += element[1];
+        }
+        REQUIRE(written == frame_size && expected == frame_size);
+    }
+    while (b.n)
+        REQUIRE(ring_unpop(&ring, b.buffer[--b.n].id));
+}
+
 static void step(void)
 {
-    switch (u8() % 12) {
+    switch (u8() % 15) {
     case 0: case 1: put_descriptor(); break;
     case 2: put_request(); break;
     case 3: case 4: offer(); break;
@@ -221,6 +331,9 @@ static void step(void)
     case 9: wants_interrupt(); break;
     case 10: serve(); break;
     case 11: regions[0].host[bits(2) % REGION] = u8(); break;
+    case 12: put_frame(); break;
+    case 13: send(); break;
+    case 14: receive(); break;
     }
     served = ring.next_used;
     put16(used_at + AT_IDX, served); /* a driver that writes there harms itself alone */
@@ -232,6 +345,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     input = data;
     input_end = data + size;
     uint8_t how = u8();
+    features = how & 32 ? bits(2) : UINT32_MAX;
     for (int i = 0; i < 2; i++)
         regions[i] = (struct region){starts[i], REGION, calloc(1, REGION)};
     ring = (struct ring){.regions = regions, .n_regions = 2, .size = 1u << (how & 3)};

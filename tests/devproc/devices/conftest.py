@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import socket
 import tempfile
 import weakref
 from collections import Counter, deque
@@ -56,6 +58,7 @@ PARAMS = {
 }
 IMAGE_SIZE = 8 << 20
 MEMORY = ((0, 16 << 20), (1 << 32, 1 << 20))
+NO_LIMIT = 1 << 30
 
 
 class Port:
@@ -70,17 +73,59 @@ class Port:
 
 
 class Cable:
-    """A queue of an interface on the host, and its other end; frames have their header in front."""
+    """A queue of an interface on the host, and its other end; frames have their header in front.
+
+    `plain`: while nothing is asked that a socket cannot do, it is one, at which the card may work in C.
+    """
 
     def __init__(self, offloads: bool) -> None:
         self.offloads = offloads
         self.up = True
-        self.incoming: deque[bytes] = deque()
-        self.sent: list[bytes] = []
-        self.room = 1 << 30  # frames
+        self.room = NO_LIMIT  # frames
         self.refuses = False
-        self.peek: Callable[[], None] = lambda: None  # called in the middle of `send`
+        self.peek: Callable[[], None] | None = None  # called in the middle of `send`
         self.asked: dict[str, bool] = {}
+        self.plain = False
+        self._incoming: deque[bytes] = deque()
+        self._sent: list[bytes] = []
+        self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in self._near, self._far:
+            end.setblocking(False)
+            weakref.finalize(self, end.close)
+
+    @property
+    def incoming(self) -> deque[bytes]:
+        """Frames for the card, which the host may still add to."""
+        waiting = self._take(self._near)
+        self._incoming.extendleft(reversed(waiting))
+        return self._incoming
+
+    @incoming.setter
+    def incoming(self, frames: deque[bytes]) -> None:
+        self._incoming = frames
+
+    @property
+    def sent(self) -> list[bytes]:
+        """What the card has sent."""
+        self._sent += self._take(self._far)
+        return self._sent
+
+    def _take(self, end: socket.socket) -> list[bytes]:
+        frames = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                frames.append(end.recv(1 << 18))
+        return frames
+
+    @property
+    def tap(self) -> int:
+        if not self.plain or self.room != NO_LIMIT or self.refuses or self.peek:
+            return -1
+        with contextlib.suppress(BlockingIOError):
+            while self._incoming:
+                self._far.send(self._incoming[0])
+                self._incoming.popleft()
+        return self._near.fileno()
 
     def listen(self, wanted: Any, on_frame: Any, on_room: Any, on_down: Any) -> None:
         self.wanted, self.on_frame, self.on_room, self.on_down = wanted, on_frame, on_room, on_down
@@ -98,10 +143,11 @@ class Cable:
     def send(self, buffers: Sequence[Any]) -> bool | None:
         if not self.room:
             return False
-        self.peek()
+        if self.peek:
+            self.peek()
         if self.refuses:
             return None
-        self.room -= 1
+        self.room -= self.room != NO_LIMIT
         self.sent.append(b"".join(buffers))
         return True
 

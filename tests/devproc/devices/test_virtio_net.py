@@ -66,13 +66,15 @@ ONE_BUFFER = header(buffers=1)
 
 
 class Guest:
-    """A driver with its queues up, on a bench."""
+    """A driver with its queues up, on a bench; `plain`: frames that are, are moved in C."""
 
-    def __init__(self, bench: Any, features: int = FULL, size: int = 0) -> None:
+    def __init__(self, bench: Any, features: int = FULL, size: int = 0, plain: bool = True) -> None:
         self.bench = bench
         self.model: VirtioNet = bench.model
         self.cables = bench.ports["link"]
         self.cable = self.cables[0]
+        for cable in self.cables:
+            cable.plain = plain
         self.driver = bench.driver()
         self.driver.start(features, size=size)
         self.queues = self.driver.queues
@@ -125,9 +127,10 @@ class Guest:
         return bool(self.driver.status & spec.DEVICE_NEEDS_RESET)
 
 
-@pytest.fixture(params=[0, EVERY_RING], ids=["split", "packed"])
+@pytest.fixture(params=["split", "packed", "plain"])
 def guest(request: pytest.FixtureRequest, bench: Any) -> Guest:
-    return Guest(bench("virtio-net"), FULL | request.param)
+    rings = EVERY_RING if request.param == "packed" else 0
+    return Guest(bench("virtio-net"), FULL | rings, plain=request.param == "plain")
 
 
 @pytest.fixture
@@ -828,6 +831,11 @@ class Chaos(Guest):
                 assert self.model.save() == saved
         self.bench.pump()
 
+    def seen(self) -> tuple[Any, ...]:
+        """What of the card shows outside."""
+        used = [queue.used() for queue in self.queues]
+        return self.model.counters(), self.bench.said, self.cable.sent, len(self.cable.incoming), used
+
     def _request(self, queue: int, *parts: bytes | int) -> None:
         if self.queues[queue].free >= len(parts) and parts:
             self.queues[queue].request(*parts)
@@ -846,3 +854,26 @@ def test_whatever_driver_and_host_do_only_frames_with_sound_headers_are_sent(
         size = len(sent) - HEADER.size
         assert 14 <= size <= FRAME_MAX
         assert net.checked_header(sent[: HEADER.size], size, FULL) == sent[: HEADER.size]
+
+
+def test_plain_frames_are_moved_without_python(bench: Any) -> None:
+    guest = Guest(bench("virtio-net"))
+    guest.cable.receive = guest.cable.send = None
+    guest.provide(*[1526] * 4)
+    guest.arrive(NOTHING + frame(b"1"), NOTHING + frame(bytes(3000)))
+    guest.send(NOTHING, frame(b"2"))
+    assert guest.frames() == [frame(b"1"), frame(bytes(3000))]
+    assert guest.cable.sent == [NOTHING + frame(b"2")]
+
+
+@given(script=st.lists(actions, max_size=40))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_frames_that_are_moved_in_c_are_those_that_python_moves(
+    bench: Any, script: list[tuple[Any, ...]]
+) -> None:
+    """Whatever driver and host do."""
+    ours, reference = Chaos(bench("virtio-net")), Chaos(bench("virtio-net"), plain=False)
+    for what, *args in script:
+        for chaos in ours, reference:
+            chaos.act(what, *args)
+        assert ours.seen() == reference.seen()
