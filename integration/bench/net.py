@@ -33,7 +33,7 @@ for way in sent received; do
     [ $way = sent ] && reverse= || reverse=-R
     iperf3 -c {HOST} -t 3 -f k $reverse | awk -v way=$way '/receiver/ {{ print "{guest.FIGURE}", way, $7 }}'
 done
-ping -q -A -c 300 {HOST} | awk -F'[/= ]+' '/round-trip/ {{ print "{guest.FIGURE}", "pings", 1000 / $7 }}'
+ping -q -A -c 300 {HOST} | awk -F'[/= ]+' '/round-trip/ {{ print "{guest.FIGURE}", "pings", 1000 / $6 }}'
 """
 
 
