@@ -21,6 +21,7 @@ from devproc.vhost.message import (
 )
 
 DISK_SIZE: Final = 1 << 16
+_PART: Final = 4096
 
 
 class Input:
@@ -72,24 +73,28 @@ class Disk:
     """`ports.File` of `size` bytes; like a file it fails outside of them."""
 
     def __init__(self, size: int) -> None:
-        self._data = bytearray(size)
+        self.size: Final = size
+        # In parts that are replaced, so that putting the disk back to what it was costs next to nothing.
+        self._parts = [bytes(_PART)] * (size // _PART)
 
     @property
-    def size(self) -> int:
-        return len(self._data)
-
-    length = size
+    def length(self) -> int:
+        return self.size
 
     def read(self, offset: int, into: Sequence[memoryview]) -> None:
         for part in into:
-            self._check(offset, len(part))
-            part[:] = self._data[offset : offset + len(part)]
+            data, at = self._at(offset, len(part))
+            part[:] = data[at : at + len(part)]
             offset += len(part)
 
-    def write(self, offset: int, data: Sequence[memoryview]) -> None:
+    def write(self, offset: int, data: Sequence[memoryview | bytes]) -> None:
         for part in data:
-            self._check(offset, len(part))
-            self._data[offset : offset + len(part)] = part
+            old, at = self._at(offset, len(part))
+            new = b"".join((old[:at], part, old[at + len(part) :]))
+            first = offset // _PART
+            self._parts[first : first + len(new) // _PART] = [
+                new[start : start + _PART] for start in range(0, len(new), _PART)
+            ]
             offset += len(part)
 
     def flush(self) -> None:
@@ -99,8 +104,7 @@ class Disk:
         self.zero(offset, size, unmap=True)
 
     def zero(self, offset: int, size: int, *, unmap: bool) -> None:
-        self._check(offset, size)
-        self._data[offset : offset + size] = bytes(size)
+        self.write(offset, [bytes(size)])
 
     def extend(self, length: int) -> None:
         raise OSError(errno.ENOSPC, "the disk of a bench does not grow")
@@ -108,9 +112,11 @@ class Disk:
     def close(self) -> None:
         pass
 
-    def _check(self, offset: int, size: int) -> None:
+    def _at(self, offset: int, size: int) -> tuple[bytes, int]:
+        """The parts that [offset, offset + size) lies in, and where in them it begins."""
         # A model that gets here with more has checked nothing: a real file would have grown.
-        assert 0 <= offset <= len(self._data) - size, f"{size} bytes at {offset:#x} of {self.size:#x}"
+        assert 0 <= offset <= self.size - size, f"{size} bytes at {offset:#x} of {self.size:#x}"
+        return b"".join(self._parts[offset // _PART : -(-(offset + size) // _PART)]), offset % _PART
 
 
 class Link:
