@@ -99,15 +99,22 @@ class Driver(ABC):
 
     def used(self) -> list[Used]:
         """What the device has used since this was last asked, in its order."""
+        return [
+            Used(id, written, self.memory.copy_out(writable, written))
+            for id, written, writable in self.done()
+        ]
+
+    def done(self) -> list[tuple[int, int, tuple[Span, ...]]]:
+        """As `used`: (id, written, the writable part) of each, and nothing is read from there."""
         found = []
         while (done := self._reap()) is not None:
             id, written = done
             assert id in self._offered, f"chain {id} was used, but is not the device's"
-            offered = self._offered.pop(id)
-            size = sum(s.size for s in offered.writable)
+            writable, descriptors = self._offered.pop(id)
+            size = sum([s.size for s in writable])
             assert written <= size, f"chain {id}: {written} bytes written into {size}"
-            found.append(Used(id, written, self.memory.copy_out(offered.writable, written)))
-            self._released(id, offered.descriptors)
+            found.append((id, written, writable))
+            self._released(id, descriptors)
         if not self._offered:
             self._next = self._heap
         return found
@@ -235,13 +242,12 @@ class SplitDriver(Driver):
         )
 
     def _offer(self, elements: Sequence[tuple[int, int, int]]) -> tuple[int, tuple[int, ...]]:
-        taken = tuple(self._free.pop() for _ in elements)
-        for i, (gpa, size, flags) in enumerate(elements):
-            more = i + 1 < len(taken)
-            next = taken[i + 1] if more else 0
-            self.descriptor(taken[i], gpa, size, flags | (spec.DESC_F_NEXT if more else 0), next)
+        taken = [self._free.pop() for _ in elements]
+        for index, next, (gpa, size, flags) in zip(taken, taken[1:], elements, strict=False):
+            self.descriptor(index, gpa, size, flags | spec.DESC_F_NEXT, next)
+        self.descriptor(taken[-1], *elements[-1])
         self.offer(taken[0])
-        return taken[0], taken
+        return taken[0], tuple(taken)
 
     def _reap(self) -> tuple[int, int] | None:
         if self._used_words[1] == self._seen:

@@ -30,6 +30,7 @@ CALLS_MAX: Final = 256  # of on_deadline without a change of time: a queue may n
 _DISCARDING: Final = {"virtio-balloon"}  # what gives guest memory back to the host
 _REPEAT: Final = int(Op.REPEAT)
 _DATA: Final = int(Op.DATA)
+_CHAIN: Final = int(Op.CHAIN)
 _NO_ACCESS: Final = (0, 0, 0, 0, 0)
 _OWN: Final = ("now_ns", "wall_ns", "_pending", "_last", "_repeats", "_saved", "_draws", "_waiting")
 """What a bench remembers besides its model, its ports and guest memory; none of it is changed in place."""
@@ -96,7 +97,6 @@ class Bench:
             Op.INPUT: self._type,
             Op.ROOM: self._room,
             Op.SAVE: self._save,
-            Op.CHAIN: self._chain,
             Op.KICK: self._kick,
             Op.RESTART: self._restart,
             Op.SET: self._set,
@@ -200,9 +200,13 @@ class Bench:
             elif op == 1:
                 write(space, offset, size, value)
                 last = (op, space, offset, size, value)
-            elif op == _DATA:  # which the model does not see
+            elif op == _DATA:  # this and CHAIN the model does not see
                 if len(self._pending) < PENDING_MAX:
                     self._pending += value.to_bytes(8, "little")[:size]
+                if seen is None:
+                    continue
+            elif op == _CHAIN:
+                self._chain(space, aux, value)
                 if seen is None:
                     continue
             elif op == _REPEAT:
@@ -337,7 +341,7 @@ class Bench:
         if full and room:
             port.on_room()
 
-    def _chain(self, space: int, _size: int, aux: int, _offset: int, value: int) -> None:
+    def _chain(self, space: int, aux: int, value: int) -> None:
         assert self._guest is not None
         self._guest.chain(space, value, aux, self._pending)
         self._pending = b""
@@ -380,7 +384,7 @@ class Bench:
                     raise Finding("busy", f"the deadline is {self.now_ns - due} ns ago after on_deadline")
                 model.on_deadline(self.now_ns)
             if not self._waiting:
-                break  # nothing has come, and that it is wanted calls nobody
+                return  # nothing has come, and that it is wanted calls nobody
             moved = [self._feed(source) for source in self._inputs]
             moved += [self._deliver(link) for link in self._links]
             if not any(moved):
@@ -449,9 +453,12 @@ class _Snapshot:
     """
 
     def __init__(self, roots: list[object]) -> None:
-        self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []  # by their attributes
+        self._records: list[dict[Any, Any]] = []  # attributes, registers, counters: always the same names
+        self._values: list[dict[Any, Any]] = []  # theirs
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        self._lists: list[tuple[Any, Any]] = []  # what takes a slice
+        self._lists: list[list[Any]] = []
+        self._contents: list[list[Any]] = []  # theirs
+        self._sequences: list[tuple[Any, Any]] = []  # others that take a slice
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._slots: list[tuple[object, str, Any]] = []
         self.extent = 0
@@ -463,17 +470,25 @@ class _Snapshot:
                 continue
             known.add(id(item))
             todo.extend(self._take(item))
+        self._sizes = [*map(len, self._records)]
 
     def _take(self, item: object) -> Iterator[object]:
         kind = type(item)
         if isinstance(item, dict):
-            self._dicts.append((item, dict(item)))
+            if item and all(type(key) is str for key in item):
+                self._record(item)
+            else:
+                self._dicts.append((item, dict(item)))
             yield from item.values()
+        elif kind is list:
+            self._lists.append(item)  # type: ignore[arg-type]
+            self._contents.append(list(item))  # type: ignore[call-overload]
+            yield from item  # type: ignore[misc]
         elif isinstance(item, list | deque):
-            self._lists.append((item, list(item)))
+            self._sequences.append((item, list(item)))
             yield from item
         elif kind is bytearray:
-            self._lists.append((item, bytes(item)))  # type: ignore[call-overload]
+            self._sequences.append((item, bytes(item)))  # type: ignore[call-overload]
         elif isinstance(item, set):
             self._sets.append((item, set(item)))
         elif isinstance(item, tuple):
@@ -482,7 +497,7 @@ class _Snapshot:
         elif kind in _FIXED:
             return
         elif isinstance(getattr(item, "__dict__", None), dict) and not callable(item):
-            self._objects.append((item.__dict__, dict(item.__dict__)))
+            self._record(item.__dict__)
             yield from item.__dict__.values()
             return
         else:
@@ -494,18 +509,24 @@ class _Snapshot:
             return
         self.extent += len(item)  # type: ignore[arg-type]
 
+    def _record(self, item: dict[Any, Any]) -> None:
+        self._records.append(item)
+        self._values.append(dict(item))
+
     def restore(self) -> None:
-        for now, then in self._objects:
-            now.update(then)
-            if len(now) != len(
-                then
-            ):  # the order of attributes means nothing, so it is rarely worth a clear()
+        deque(map(dict.update, self._records, self._values), maxlen=0)
+        if [*map(len, self._records)] != self._sizes:
+            for record, then in zip(self._records, self._values, strict=True):
+                for name in record.keys() - then.keys():
+                    del record[name]
+        for now, then in self._dicts:
+            if now or then:
                 now.clear()
                 now.update(then)
-        for now, then in self._dicts:
-            now.clear()
-            now.update(then)
-        for sequence, then in self._lists:
+        if self._lists != self._contents:
+            for items, were in zip(self._lists, self._contents, strict=True):
+                items[:] = were
+        for sequence, then in self._sequences:
             if sequence == then:  # a disk, nearly always
                 continue
             if isinstance(sequence, deque):
@@ -513,9 +534,9 @@ class _Snapshot:
                 sequence.extend(then)
             else:
                 sequence[:] = then
-        for members, were in self._sets:
+        for members, they in self._sets:
             members.clear()
-            members.update(were)
+            members.update(they)
         for item, name, value in self._slots:
             setattr(item, name, value)
 

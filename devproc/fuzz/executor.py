@@ -6,6 +6,10 @@ trip per input would cost more than the input.  Each `Ping` of the supervisor ru
 page, its `Pong` says that the answer is there.  That the bench is no other device than the one behind the
 wire is checked by the supervisor, which rehearses a sample (rehearsal.py).
 
+What an input costs is mostly what its beginning costs, so inputs are made in families: one is run as a whole,
+the bench is marked somewhere in it, and those that follow begin there and differ in what comes after.  Each
+is an input like any other, which begins with a new device when it is run by itself.
+
 Requests are objects with "mode":
 
     mutate  "inputs" join the corpus, "count" inputs are made and run: "new", "found", "sample", "runs"
@@ -43,10 +47,10 @@ from kvmcore.memory import GuestMemory
 EXTRA_FDS: Final = 1  # the page
 _PATTERNS_MAX: Final = 1 << 15  # sets of blocks that are known to be nothing new
 _REPLY_INPUTS: Final = 256  # in one answer
-_CHECK_EVERY: Final = 512  # inputs; what reaches something new is always checked
+_CHECK_EVERY: Final = 1024  # inputs; what reaches something new is always checked
 _RESTART: Final = bytes([Op.RESTART])
 _STARTS_MAX: Final = 96  # marks of the bench, each a copy of the rings
-_TAILS: Final = 64  # inputs that begin with the same operations, one after the other
+_TAILS: Final = 128  # inputs that begin with the same operations, one after the other
 _RECORD_MAX: Final = 1 << 20
 _FRAMES: Final = 3  # of a traceback that tell findings apart
 
@@ -205,7 +209,9 @@ class Executor:
             self._bench.unmark(self._stem)
             self._started.pop(self._stem, None)
         count = len(self._whole) // RECORD.size
-        self._stem = stem = self._whole[: int(rnd() ** 0.25 * (count + 1)) * RECORD.size]
+        if rnd() < 0.3:  # otherwise all of it: what is left is run each time
+            count = int(rnd() * (count + 1))
+        self._stem = stem = self._whole[: count * RECORD.size]
         self._tails = _TAILS
         self._tried.clear()
         if stem and stem not in self._started:
@@ -324,10 +330,11 @@ class Executor:
                     bench.reset()
                     bench.run(stem)
                     self._mark(stem)
-        self._page.map[: self._blocks] = started[stem]
+        cov = self._page.map
+        cov[: self._blocks] = started[stem]
         bench.reset(stem)
         bench.run(data[len(stem) :])
-        return self._page.map[: self._blocks]
+        return cov[: self._blocks]
 
     def _mark(self, name: bytes) -> None:
         """Have inputs begin here that begin with `name`, which was just run."""

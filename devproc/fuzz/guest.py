@@ -96,7 +96,7 @@ class Guest:
         if not size or size + _TABLES > queue.left or needed > queue.free:
             return
         if twist in (Twist.PLAIN, Twist.INDIRECT) or not isinstance(queue, SplitDriver):
-            queue.request(*parts, *room, indirect=indirect)
+            queue.add(map(queue.place, parts), map(queue.room, room), indirect=indirect)
             return
         self.spoilt = True
         _twisted(queue, twist, [queue.place(p) for p in parts], [queue.room(n) for n in room])
@@ -117,7 +117,7 @@ class Guest:
         if look:
             self._compare(before, allowed)
         # Where the device has nothing, it takes a kick to see that it has used something.
-        return self.reap(n for n, q in enumerate(queues) if look or n == index or q.outstanding)
+        return self.reap([n for n, q in enumerate(queues) if look or n == index or q._offered])
 
     def _compare(self, before: bytearray, allowed: list[Span]) -> None:
         now = self.rings()
@@ -133,9 +133,11 @@ class Guest:
             return []
         queues = self._pci.queues
         try:
-            found = [(n, u.id, u.written) for n in indices for u in queues[n].used()]
+            found = [(n, id, written) for n in indices for id, written, _ in queues[n].done()]
         except AssertionError as e:
             raise Finding("used", str(e)) from None
+        if not found:
+            return found
         for n in {n for n, _, _ in found}:
             if n >= self._enabled:
                 raise Finding("used", f"a chain of queue {n}, which is not enabled, is used")

@@ -140,7 +140,7 @@ class Mutator:
                     made = encode([*chunks(shape.data), chain, Record(Op.KICK, queue)])
                     (right if twist <= Twist.INDIRECT else wrong).append(made)
         kicks = [encode([Record(Op.KICK, q)]) for q in queues]
-        return [(18, right), (2, wrong), (1, kicks)]
+        return [(12, right), (2, wrong), (1, kicks)]
 
     def fresh(self) -> bytes:
         """A new input; that of a virtio device may begin with how its driver starts it."""
@@ -164,7 +164,7 @@ class Mutator:
 
     def tail(self, data: bytes, other: bytes) -> bytes:
         """`data`, the end of an input, changed in a place or two: what is run again and again is short."""
-        return self._mutated(data, other, 0.7)[:LENGTH_MAX]
+        return self._mutated(data, other[_SIZE:] if other[:1] == _RESTART else other, 0.85)[:LENGTH_MAX]
 
     def _mutated(self, data: bytes, other: bytes, enough: float = 0.45) -> bytes:
         rnd = self.random
