@@ -15,6 +15,11 @@ vmsup fuzz minimize FILE -o FILE       the smallest input that shows the same
 vmsup fuzz cmin DEVICE -o DIR          the smallest part of --corpus that reaches as much
 vmsup fuzz coverage DEVICE -o FILE     an HTML page of the lines that --corpus reaches
 
+Each input is watched for what raises, hangs, is forbidden, interrupts without end or uses a queue wrongly.
+What takes longer is done with each that reaches something new, and with one in 1,024 of the others: the same
+from a new model, what is saved and restored, memory that is not the device's to write, interrupts that go on
+without a cause.  And for a tenth of the time at most, such inputs are run again behind the real wire.
+
 Inputs are bytes of any kind, or the text of a .vmrep file; a corpus is a directory of either, libFuzzer's and
 AFL's among them.  To go on where the last campaign ended, give its --corpus again.
 
