@@ -20,6 +20,7 @@ class Bug:
     """Changes to the text of a device's model, the kind of finding they are, and an input that shows them.
 
     `module`: whose text, if it is not the model's: one that virtio devices share.
+    `or_kind`: another kind of finding that it is, which may be the first.
     """
 
     device: str
@@ -27,6 +28,7 @@ class Bug:
     changes: Changes
     shown_by: str
     module: str = ""
+    or_kind: str = ""
 
 
 BUGS: Final = {
@@ -275,6 +277,7 @@ BUGS: Final = {
         (("                if setup.enabled:\n", "                if setup.areas[0]:\n"),),
         "restart 0x10 4; chain 0 0 0 64 0 plain; kick 0",
         "devproc.virtio.device",
+        or_kind="restore",  # a restored device has the queues that are enabled
     ),
 }
 
