@@ -51,7 +51,7 @@ from supervisor.rehearse import Rehearsal
 from supervisor.subject import Died, Subject
 
 EXIT_FINDING: Final = FOUND["crash"]
-SLOW: Final = 5  # how much longer an input may take when it is run by itself
+SLOW: Final = 5  # how much longer an input may take: beside others a processor needs twice as long, and more
 _LOST_S: Final = 60.0  # a process that uses no CPU time and does not answer
 _BATCH_S: Final = 0.5  # CPU time that a request should take
 _LOOK_S: Final = 0.01  # how often the watch looks
@@ -237,12 +237,11 @@ class Worker:
         params: tuple[Scalar, ...],
         plan: Plan,
         number: int,
-        patience: int,
     ) -> None:
         self._make: Callable[[], Subject] = functools.partial(
             Subject, nursery, entry, plan.mode, params, number
         )
-        self._hang_s = plan.timeout_s * patience
+        self._hang_s = plan.timeout_s * SLOW
         self.lives = 1
         self.number = number
         self.subject = self._make()
@@ -290,10 +289,10 @@ class Worker:
 
     def watch(self) -> None:
         """Look whether it goes on.  Raises Died."""
+        cpu_ns, now_s = self.subject.cpu_ns(), time.monotonic()  # before: this process may have to wait here
         pulse = self.subject.page.pulse()
-        cpu_ns, now_s = self.subject.cpu_ns(), time.monotonic()
         if pulse != self._pulse:
-            self._pulse, self._cpu_ns, self._moved_s = pulse, cpu_ns, now_s
+            self._pulse, self._cpu_ns, self._moved_s = pulse, self.subject.cpu_ns(), now_s
         elif cpu_ns - self._cpu_ns > self._hang_s * 1e9 or now_s - self._moved_s > _LOST_S:
             raise self.subject.hang(self._hang_s)
 
@@ -355,7 +354,7 @@ class Campaign:
                 self._rehearsal = Rehearsal(
                     self._zygote("devproc.fuzz.rehearsal"), self.entry, plan.mode, plan.workers + 1
                 )
-            self.judge = self._worker(plan.workers, SLOW)
+            self.judge = self._worker(plan.workers)
             self._findings = Findings(self.entry, self.params, plan.crashes, plan.mode)
         except BaseException:
             self._undo.close()
@@ -372,8 +371,8 @@ class Campaign:
         self._undo.callback(nursery.close)
         return nursery
 
-    def _worker(self, number: int, patience: int = 1) -> Worker:
-        worker = Worker(self._executors, self.entry, self.params, self.plan, number, patience)
+    def _worker(self, number: int) -> Worker:
+        worker = Worker(self._executors, self.entry, self.params, self.plan, number)
         self._undo.callback(worker.close)
         return worker
 
@@ -589,7 +588,7 @@ class Campaign:
         return finding
 
     def _judged(self, data: bytes) -> Finding | None:
-        """What a process of its own finds in an input, with more time."""
+        """What a process of its own finds in an input."""
         return self.verdicts([data])[0]
 
     def verdicts(self, inputs: Sequence[bytes]) -> list[Finding | None]:
