@@ -26,6 +26,7 @@ GROWTH_MAX: Final = 2048
 PENDING_MAX: Final = 1 << 16  # bytes of DATA that wait
 _SETTLE: Final = 64  # reads after which reading alone must not interrupt any more
 _I63: Final = 1 << 63
+_PART: Final = 256  # repeated accesses
 CALLS_MAX: Final = 256  # of on_deadline without a change of time: a queue may need several
 _DISCARDING: Final = {"virtio-balloon"}  # what gives guest memory back to the host
 _REPEAT: Final = int(Op.REPEAT)
@@ -62,6 +63,7 @@ class Bench:
         params: the parameters by name.
         clock_ns, wall_ns: what the clocks start with.
         memory: the guest's, for a device that has it; of as many bytes as the parameters say.
+        alive: called after each part of what may take as long as a run.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class Bench:
         clock_ns: int = CLOCK_START_NS,
         wall_ns: int = WALL_START_NS,
         memory: GuestMemory | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.entry = entry
-        self._make = functools.partial(Bench, entry, model, params, clock_ns, wall_ns, memory)
+        self._make = functools.partial(Bench, entry, model, params, clock_ns, wall_ns, memory, alive)
+        self._alive = alive
         self.now_ns, self.wall_ns = clock_ns, wall_ns
         self._raised: list[int] = []
         self._signals = 0
@@ -228,10 +232,8 @@ class Bench:
         if self._repeats < REPEATS_MAX:
             self._check_growth()
 
-    def check(self, data: bytes, alive: Callable[[], None] = lambda: None) -> list[Step]:
+    def check(self, data: bytes) -> list[Step]:
         """The oracles that take longer; `data` has been run, and raised nothing.  Returns what it brings.
-
-        `alive` is called after each part that may take as long as a run.
 
         Raises:
             Finding: an oracle spoke.
@@ -241,11 +243,11 @@ class Bench:
         self.reset()
         again: list[Step] = []
         self.run(data, again)
-        alive()
+        self._alive()
         other = self._make()
         steps: list[Step] = []
         other.run(data, steps)
-        alive()
+        self._alive()
         if again != steps:
             where = next(i for i, (a, b) in enumerate(zip(again, steps, strict=True)) if a != b)
             raise Finding("fresh", f"operation {where}: {steps[where]} from a new model, not {again[where]}")
@@ -253,7 +255,7 @@ class Bench:
             self._spare = self._make()
         self._spare.reset()
         other._check_restore(self._spare)
-        alive()
+        self._alive()
         if other._guest is None:  # whose interrupts are counted by what was used
             other._check_quiet()
         return steps
@@ -299,6 +301,8 @@ class Bench:
         self._repeats -= count * size
         late = 0
         for n in range(count):
+            if n % _PART == _PART - 1:
+                self._alive()
             if op == Op.READ:
                 got = self.model.read(space, offset, size)
             else:

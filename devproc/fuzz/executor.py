@@ -165,7 +165,7 @@ class Executor:
             self._mutator = Mutator(self._entry, self._model.TABLES, words, asked["seed"])
             self._random = self._mutator.random
             self._begin(b"")
-            self._bench.check(b"", self._alive)  # what a device does in any input is nothing new
+            self._bench.check(b"")  # what a device does in any input is nothing new
             self._note()
         new: list[dict[str, Any]] = []
         found: list[dict[str, Any]] = []
@@ -239,7 +239,7 @@ class Executor:
             error = None
             try:
                 self._run(data)
-                self._bench.check(data, self._alive)
+                self._bench.check(data)
             except Exception as e:
                 error = describe(e)
                 self._bench = self._new_bench()
@@ -260,7 +260,8 @@ class Executor:
             )
         steps: list[Step] = []
         try:
-            bench = Bench(self._entry, model, self._params, asked["clock"], asked["wall"], self._memory)
+            start = asked["clock"], asked["wall"]
+            bench = Bench(self._entry, model, self._params, *start, self._memory, self._alive)
             bench.run(data, steps)
         except Exception as e:
             return {"found": describe(e)}
@@ -288,14 +289,14 @@ class Executor:
                 self._patterns.add(hit)
                 bits = int.from_bytes(hit, "little") & ~self._seen
                 if bits:
-                    self._bench.check(data, self._alive)
+                    self._bench.check(data)
                     self._note()
                     data = self._trimmed(data, bits)
                     self._corpus.append(data)
                     new.append({"input": data.hex(), "blocks": self._indices(bits)})
                     return
             if check or not self._runs % _CHECK_EVERY:
-                self._bench.check(data, self._alive)
+                self._bench.check(data)
         except Exception as e:
             self._bench = self._new_bench()
             told = describe(e)
@@ -357,7 +358,7 @@ class Executor:
 
     def _new_bench(self) -> Bench:
         self._started = {b"": self._zeros}  # blocks by the beginning of inputs that the bench has a mark for
-        return Bench(self._entry, self._model, self._params, memory=self._memory)
+        return Bench(self._entry, self._model, self._params, memory=self._memory, alive=self._alive)
 
     def _indices(self, bits: int) -> list[int]:
         return [i for i, byte in enumerate(bits.to_bytes(self._blocks, "little")) if byte]

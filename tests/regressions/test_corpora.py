@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from devproc import wire
+from devproc import child, wire
+from devproc.catalog import CATALOG
+from devproc.fuzz.bench import Bench, memory_of
+from devproc.fuzz.inputs import Op, parse, records
 from integration.fuzz import corpus
 from integration.fuzz.wire import check
 from kvmcore.exitloop import Core, DeviceGone
@@ -45,6 +48,20 @@ def test_the_exit_loop_takes_the_replies_that_the_wire_takes() -> None:
                 with pytest.raises(DeviceGone):
                     core.read(index, 0, 0, 8)
             core.mark_dead(index)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.vmrep")), ids=lambda path: path.stem)
+def test_an_input_that_showed_something_of_a_device_shows_nothing(path: Path) -> None:
+    rep = parse(path.read_text())
+    entry = CATALOG[rep.device]
+    params = entry.check_params(rep.params)
+    alive: list[None] = []
+    memory = memory_of(entry, params)
+    bench = Bench(entry, child.load(entry), params, memory=memory, alive=lambda: alive.append(None))
+    bench.run(rep.data)
+    repeated = sum(r.data for r in records(rep.data) if r.op == Op.REPEAT)
+    assert len(alive) == repeated // 256  # so that what takes long because it is long is no hang
+    bench.check(rep.data)
 
 
 def built(source: str, sanitizers: str, where: Path) -> Path:
