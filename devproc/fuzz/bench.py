@@ -457,9 +457,9 @@ class _Snapshot:
     """
 
     def __init__(self, roots: list[object]) -> None:
-        self._records: list[dict[Any, Any]] = []  # attributes, registers, counters: always the same names
-        self._values: list[dict[Any, Any]] = []  # theirs
-        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._dicts: list[dict[Any, Any]] = []  # attributes among them
+        self._copies: list[dict[Any, Any]] = []  # theirs
+        self._others: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # that are more than a dict
         self._lists: list[list[Any]] = []
         self._contents: list[list[Any]] = []  # theirs
         self._sequences: list[tuple[Any, Any]] = []  # others that take a slice
@@ -474,15 +474,14 @@ class _Snapshot:
                 continue
             known.add(id(item))
             todo.extend(self._take(item))
-        self._sizes = [*map(len, self._records)]
 
     def _take(self, item: object) -> Iterator[object]:
         kind = type(item)
         if isinstance(item, dict):
-            if item and all(type(key) is str for key in item):
-                self._record(item)
+            if kind is dict:
+                self._keep(item)
             else:
-                self._dicts.append((item, dict(item)))
+                self._others.append((item, dict(item)))
             yield from item.values()
         elif kind is list:
             self._lists.append(item)  # type: ignore[arg-type]
@@ -501,7 +500,7 @@ class _Snapshot:
         elif kind in _FIXED:
             return
         elif isinstance(getattr(item, "__dict__", None), dict) and not callable(item):
-            self._record(item.__dict__)
+            self._keep(item.__dict__)
             yield from item.__dict__.values()
             return
         else:
@@ -513,20 +512,17 @@ class _Snapshot:
             return
         self.extent += len(item)  # type: ignore[arg-type]
 
-    def _record(self, item: dict[Any, Any]) -> None:
-        self._records.append(item)
-        self._values.append(dict(item))
+    def _keep(self, item: dict[Any, Any]) -> None:
+        self._dicts.append(item)
+        self._copies.append(dict(item))
 
     def restore(self) -> None:
-        deque(map(dict.update, self._records, self._values), maxlen=0)
-        if [*map(len, self._records)] != self._sizes:
-            for record, then in zip(self._records, self._values, strict=True):
-                for name in record.keys() - then.keys():
-                    del record[name]
-        for now, then in self._dicts:
-            if now or then:
-                now.clear()
-                now.update(then)
+        # Updating an empty dict is copying a block of memory, and a fifth of the time of updating a full one.
+        deque(map(dict.clear, self._dicts), maxlen=0)
+        deque(map(dict.update, self._dicts, self._copies), maxlen=0)
+        for now, then in self._others:
+            now.clear()
+            now.update(then)
         if self._lists != self._contents:
             for items, were in zip(self._lists, self._contents, strict=True):
                 items[:] = were
