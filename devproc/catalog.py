@@ -9,9 +9,9 @@ written here; policies name them FD_<NAME>.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+from devproc.record import record, replace
 from devproc.virtio import spec
 from devproc.wire import Scalar, Space
 
@@ -26,7 +26,7 @@ Params = dict[str, int | bytes]
 """The values of an entry's parameters, by name."""
 
 
-@dataclass(frozen=True)
+@record
 class Descriptor:
     """A named descriptor, or array of them, and the backend that wraps it.
 
@@ -57,7 +57,7 @@ class Descriptor:
     count: int | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Param:
     """A value the supervisor gives at spawn: an integer in [low, high], or that many bytes."""
 
@@ -72,7 +72,7 @@ class Param:
         return self.low <= (len(value) if isinstance(value, bytes) else value) <= self.high
 
 
-@dataclass(frozen=True)
+@record
 class Region:
     """A register space and its size in bytes; who puts it at which address is supervisor/machine.py.
 
@@ -86,7 +86,7 @@ class Region:
     coalesced: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@record
 class Virtio:
     """What the supervisor's shadow of a virtio function must know without importing its code.
 
@@ -104,7 +104,7 @@ class Virtio:
         return len(self.queue_sizes) + 1
 
 
-@dataclass(frozen=True)
+@record
 class Entry:
     name: str
     summary: str

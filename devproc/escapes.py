@@ -16,10 +16,11 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from devproc.catalog import CATALOG, FD_ACCESS, FD_CONTROL, FD_FIRST, FD_LOG, Entry, Param, Region
+from devproc.record import replace
 from devproc.wire import U64_MAX, Space
 from policies.syscalls import SYSCALLS, X32_BIT
 

@@ -16,7 +16,6 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import prctl
@@ -24,6 +23,7 @@ import prctl
 from devproc import syscalls
 from devproc.catalog import FD_FIRST, FD_LOG, Entry, Params, shared_directory
 from devproc.channel import Channel
+from devproc.record import record
 from devproc.wire import Listener
 from policies.compile import SETUP_MARK
 
@@ -96,7 +96,6 @@ class NotOffered(Exception):
     """This kernel lacks the layer; it is recorded, and the other layers stand."""
 
 
-@dataclass
 class Context:
     """What the steps of one device process work on.
 
@@ -112,18 +111,27 @@ class Context:
         notes: (logging level, text) of what did not go as asked, for the control channel.
     """
 
-    entry: Entry
-    mode: Mode
-    fds: Sequence[int]
-    filters: tuple[bytes, bytes] | None
-    map_ids: Callable[[], None]
-    params: Params = field(default_factory=dict)
-    control: Channel | None = None
-    namespaced: bool = False
-    notes: list[tuple[int, str]] = field(default_factory=list)
+    def __init__(
+        self,
+        entry: Entry,
+        mode: Mode,
+        fds: Sequence[int],
+        filters: tuple[bytes, bytes] | None,
+        map_ids: Callable[[], None],
+        params: Params | None = None,
+    ) -> None:
+        self.entry = entry
+        self.mode = mode
+        self.fds = fds
+        self.filters = filters
+        self.map_ids = map_ids
+        self.params = params or {}
+        self.control: Channel | None = None
+        self.namespaced = False
+        self.notes: list[tuple[int, str]] = []
 
 
-@dataclass(frozen=True)
+@record
 class Step:
     """One layer: who runs it, what it says before it runs, what it does.
 

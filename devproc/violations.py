@@ -11,14 +11,15 @@ import errno
 import fcntl
 import select
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+from devproc.record import record
 
 _NOTIF_RECV: Final = 0xC050_2100  # _IOWR('!', 0, struct seccomp_notif)
 _NOTIF: Final = struct.Struct("=QII iI Q 6Q")  # id, pid, flags; nr, arch; instruction pointer; args
 
 
-@dataclass(frozen=True)
+@record
 class Violation:
     """One refused system call: who, which (x86-64 number), from where, with what; `cookie` answers it."""
 

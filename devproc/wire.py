@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final
 
 import msgpack
+
+from devproc.record import record
 
 VERSION: Final = 1
 ACCESS_FRAME_MAX: Final = 64  # the longest access message is 25 bytes
@@ -96,7 +97,7 @@ _bool: Check = lambda v: type(v) is bool  # noqa: E731
 _name = _text(NAME_MAX)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Message:
     """Base of every message; `tag` is its first array element and `checks` one predicate per field."""
 
@@ -104,7 +105,7 @@ class Message:
     checks: ClassVar[tuple[Check, ...]] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Read(Message):
     """Supervisor to device: read `size` bytes at `offset`; answered by `Value`."""
 
@@ -115,7 +116,7 @@ class Read(Message):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Write(Message):
     """Supervisor to device: write; answered by `Done` unless `posted`."""
 
@@ -128,7 +129,7 @@ class Write(Message):
     posted: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Value(Message):
     """Device to supervisor: what the read gave; must fit the size that was asked for."""
 
@@ -137,7 +138,7 @@ class Value(Message):
     data: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Done(Message):
     """Device to supervisor: the marked write, or the restore, has taken effect."""
 
@@ -145,7 +146,7 @@ class Done(Message):
     checks = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Hello(Message):
     """Device to supervisor, first on the control channel: protocol version and catalogue name."""
 
@@ -155,7 +156,7 @@ class Hello(Message):
     device: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ready(Message):
     """Device to supervisor: sealed in its jail and serving; SHA-256 of its register table."""
 
@@ -164,7 +165,7 @@ class Ready(Message):
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ping(Message):
     """Supervisor to device: are you there?  Answered by `Pong` with the same token."""
 
@@ -173,14 +174,14 @@ class Ping(Message):
     token: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Pong(Message):
     tag = 19
     checks = (_u32,)
     token: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Save(Message):
     """Supervisor to device: answer with `State`."""
 
@@ -188,7 +189,7 @@ class Save(Message):
     checks = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class State(Message):
     """A device's whole state, packed by the device and opaque to the supervisor."""
 
@@ -197,7 +198,7 @@ class State(Message):
     state: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Restore(Message):
     """Supervisor to device: take this state (validated by the device); answered by `Done` or `Failed`."""
 
@@ -206,7 +207,7 @@ class Restore(Message):
     state: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Stats(Message):
     """Supervisor to device: answer with `Counters`."""
 
@@ -214,7 +215,7 @@ class Stats(Message):
     checks = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Counters(Message):
     """Device to supervisor: (name, count, name, count...)."""
 
@@ -223,7 +224,7 @@ class Counters(Message):
     items: tuple[Scalar, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Stop(Message):
     """Supervisor to device: flush what you hold for the host and leave."""
 
@@ -231,7 +232,7 @@ class Stop(Message):
     checks = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Log(Message):
     """Device to supervisor: one line for the user, at a logging level (10, 20, 30, 40)."""
 
@@ -241,7 +242,7 @@ class Log(Message):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Set(Message):
     """Supervisor to device: a setting of its catalogue entry has a new value; never answered."""
 
@@ -251,7 +252,7 @@ class Set(Message):
     value: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Failed(Message):
     """The sender cannot do what was asked, or cannot go on; `why` is one line."""
 
@@ -260,7 +261,7 @@ class Failed(Message):
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Spawn(Message):
     """Supervisor to zygote, with the descriptors of the slots 2.. as SCM_RIGHTS.
 
@@ -278,7 +279,7 @@ class Spawn(Message):
     params: tuple[Scalar, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Spawned(Message):
     """Zygote to supervisor: the device process exists; its pid as the supervisor sees it."""
 
@@ -287,7 +288,7 @@ class Spawned(Message):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Listener(Message):
     """Device to supervisor, between `Hello` and `Ready`, with one descriptor: the seccomp listener.
 
@@ -306,7 +307,7 @@ MESSAGES: Final[dict[int, type[Message]]] = {
         Spawn, Spawned, Listener,
     )
 }  # fmt: skip
-_FIELDS: Final = {m: tuple(f.name for f in fields(m)) for m in MESSAGES.values()}
+_FIELDS: Final[dict[type[Message], tuple[str, ...]]] = {m: m.__match_args__ for m in MESSAGES.values()}
 
 
 def require_c_extension() -> None:

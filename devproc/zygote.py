@@ -13,12 +13,12 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from devproc import jail
 from devproc.catalog import Entry
 from devproc.channel import Channel, ChannelClosed
+from devproc.record import record
 from devproc.violations import Violation, read_violation
 from devproc.wire import (
     CONTROL_TABLE,
@@ -108,7 +108,7 @@ class Zygote:
         self._channel.close()
 
 
-@dataclass(frozen=True)
+@record
 class Greeting:
     """What a device process said until it was ready.
 

@@ -17,8 +17,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvmcore import aml, layout
 from kvmcore.errors import ConfigError
@@ -74,8 +73,7 @@ _SYSTEM_IO: Final = 1
 _NO_GAS: Final = bytes(_GAS.size)
 
 
-@dataclass(frozen=True)
-class IsaDevice:
+class IsaDevice(NamedTuple):
     """What a guest finds by its id `hid`: `size` ports from `port`, and an interrupt line or none."""
 
     name: str  # four characters at most, A-Z and 0-9, unique
@@ -86,8 +84,7 @@ class IsaDevice:
     uid: int = 0
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """What the tables say.  Windows are (base, size) in bytes or ports, of what PCI BARs may be given."""
 
     apic_ids: tuple[int, ...]  # of every processor, ascending; the first is the bootstrap processor

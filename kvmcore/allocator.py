@@ -7,7 +7,7 @@ what the guest has placed itself; a guest's BAR writes are followed by the super
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvmcore import layout
 from kvmcore.errors import ConfigError
@@ -21,8 +21,7 @@ class Overlap(ConfigError):
     """The range asked for belongs to someone else, or lies outside the space."""
 
 
-@dataclass(frozen=True, order=True)
-class Region:
+class Region(NamedTuple):
     """[base, end) in the units of its space, and who has it."""
 
     base: int

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvmcore import layout
 from kvmcore.bootfile import BootFile, Memory
@@ -90,8 +89,7 @@ class Header:
         return value
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """A loaded kernel: it needs guest memory [start, end) and is entered at `entry`, in 64-bit mode."""
 
     start: int

@@ -11,7 +11,6 @@ import enum
 import mmap
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
 from kvmcore._core import ffi, lib
@@ -59,14 +58,13 @@ class RouteKind(enum.IntEnum):
     CHECKED = lib.ROUTE_CHECKED
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """What [start, start + size) of a bus does; the last three are for a device."""
 
     start: int
     size: int
     kind: RouteKind
-    index: int = 0
+    number: int = 0
     space: int = 0
     base_offset: int = 0
 
@@ -157,13 +155,7 @@ class Core:
                 are then as they were.
         """
         buses = [sorted(bus, key=lambda r: r.start) for bus in (pio, mmio)]
-        tables = [
-            ffi.new(
-                "struct core_route[]",
-                [(r.start, r.size, r.kind, r.index, r.space, r.base_offset) for r in bus],
-            )
-            for bus in buses
-        ]
+        tables = [ffi.new("struct core_route[]", bus) for bus in buses]
         at = lib.core_set_routes(self._core, tables[0], len(buses[0]), tables[1], len(buses[1]))
         if at == lib.ROUTES_NO_MEMORY:
             raise MemoryError("routes")

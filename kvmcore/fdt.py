@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from types import MappingProxyType
+from typing import Final, NamedTuple, TypeAlias
 
 from kvmcore.bootfile import BootFile
 from kvmcore.errors import ConfigError
@@ -28,8 +28,7 @@ _NAME: Final = re.compile(r"[0-9A-Za-z,._+-]{1,31}")
 _VENDOR: Final = "#dt-vendor"
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """One line of an fstab; the field names are the properties that Android reads."""
 
     partition: str
@@ -39,12 +38,11 @@ class Mount:
     fsmgr_flags: str
 
 
-@dataclass(frozen=True)
-class Fstab:
+class Fstab(NamedTuple):
     """`vendor` maps a property of /firmware/android/vendor to the path of the file with its value."""
 
     mounts: tuple[Mount, ...] = ()
-    vendor: Mapping[str, str] = field(default_factory=dict)
+    vendor: Mapping[str, str] = MappingProxyType({})
 
 
 def parse_fstab(text: str, path: str) -> Fstab:

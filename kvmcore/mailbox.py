@@ -5,12 +5,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 
-@dataclass(frozen=True)
-class Mailbox:
+class Mailbox(NamedTuple):
     """Two descriptors, the caller's to close: `page` is a sealed memfd, `bell` an eventfd."""
 
     page: int

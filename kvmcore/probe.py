@@ -13,9 +13,8 @@ import fcntl
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvmcore import layout
 from kvmcore.abi import Cap, CpuidEntry, Dtable, Ioctl, Regs, Segment
@@ -89,8 +88,7 @@ def bounded(
     return told, next((line[1:] for line in lines if line.startswith("-")), None)
 
 
-@dataclass(frozen=True)
-class Feature:
+class Feature(NamedTuple):
     """A bit of CPUID that says whether an instruction exists."""
 
     leaf: int
@@ -102,8 +100,7 @@ class Feature:
         return any(getattr(e, self.register) >> self.bit & 1 for e in found)
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Instructions that are tried together.
 
     Attributes:

@@ -6,7 +6,6 @@ The language is the strict subset of minijail's (minijail0(5)) that parse.py des
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, get_args
 
 from policies import bpf
@@ -18,8 +17,7 @@ OPS: Final[tuple[Op, ...]] = get_args(Op)
 U64_MAX: Final = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Atom:
+class Atom(NamedTuple):
     """One comparison of a whole 64-bit argument; all are unsigned.
 
     `&` holds when any bit of `value` is set in the argument, `in` when no bit outside `value` is.
@@ -29,7 +27,7 @@ class Atom:
     arg: int
     op: Op
     value: int
-    spelled: str = field(default="", compare=False)
+    spelled: str = ""
 
     def holds(self, x: int) -> bool:
         """Whether the comparison is true of the argument value `x`."""
@@ -65,8 +63,7 @@ def clause_holds(clause: Clause, args: Sequence[int]) -> bool:
     return all(a.holds(args[a.arg]) for a in clause)
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """One line of a policy.
 
     `clauses` is a disjunction that allows the call; empty, the rule is unconditional: it allows when
@@ -77,7 +74,7 @@ class Rule:
     clauses: tuple[Clause, ...]
     errno: int
     reason: str
-    place: Place = field(compare=False)
+    place: Place
 
     @property
     def action(self) -> int:
@@ -102,8 +99,7 @@ class Verdict(NamedTuple):
     rule: Rule | None
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """What one process may do: the first rule of a call that applies decides; whatever no rule allows is
     KILL_PROCESS."""
 

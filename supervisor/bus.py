@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
+from devproc.record import record
 from devproc.wire import Space
 from kvmcore.errors import ConfigError
 from kvmcore.exitloop import Core, Route
@@ -25,7 +25,7 @@ class Handler(Protocol):
     def write(self, offset: int, size: int, data: int) -> None: ...
 
 
-@dataclass(frozen=True)
+@record
 class Callbacks:
     """A Handler made of two functions."""
 
@@ -33,7 +33,7 @@ class Callbacks:
     write: Callable[[int, int, int], None]
 
 
-@dataclass(frozen=True)
+@record
 class DeviceTarget:
     """A device process: its number in the exit loop, and where in which of its spaces the claim starts."""
 
@@ -42,7 +42,7 @@ class DeviceTarget:
     offset: int = 0
 
 
-@dataclass(frozen=True)
+@record
 class Checked:
     """A device's registers whose writes come here first: the exit loop reads from the device itself."""
 
@@ -56,7 +56,7 @@ class Checked:
         return (1 << 8 * size) - 1
 
 
-@dataclass(frozen=True)
+@record
 class PciConfig:
     """A PCI configuration window: the exit loop reads from the functions itself, writes come here."""
 
@@ -67,7 +67,7 @@ class PciConfig:
         return (1 << 8 * size) - 1
 
 
-@dataclass(frozen=True)
+@record
 class Claim:
     """[start, start + size) belongs to `owner`."""
 

@@ -7,16 +7,14 @@ import io
 import json
 import os
 import select
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, NoReturn, TextIO
 
 from kvmcore.errors import EXIT_CRASH, EXIT_USAGE, ConfigError, VmsupError
 from policies.errors import PolicyError
-from supervisor import config, fuzzoptions
+from supervisor import config
 
 _EPILOG = """\
 exit codes: 0 the guest powered off, or the user stopped it; 32 the guest reset; 33 a device or vmsup
@@ -35,7 +33,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
-def _arguments() -> argparse.ArgumentParser:
+def _arguments(verb: str | None = None) -> argparse.ArgumentParser:
+    """The command line; with `verb` "run" not the words of others, which a VM's start would wait for."""
     top = _Parser(
         prog="vmsup",
         description="A virtual machine monitor in which every device is a jailed process.",
@@ -43,13 +42,21 @@ def _arguments() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    run = verbs.add_parser(
-        "run",
-        help="boot a guest",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    _run_arguments(
+        verbs.add_parser(
+            "run",
+            help="boot a guest",
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
     )
+    if verb != "run":
+        _other_verbs(verbs)
+    return top
+
+
+def _run_arguments(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add("kernel", nargs="?", metavar="KERNEL", help="a Linux bzImage, or an ELF vmlinux")
     add("-c", "--cpus", type=int, metavar="N", help=f"vCPUs, 1 to {config.CPUS_MAX} [1]")
@@ -165,6 +172,10 @@ def _arguments() -> argparse.ArgumentParser:
         help="keep each device's conversation there, for vmsup replay and as a corpus for vmsup fuzz",
     )
 
+
+def _other_verbs(verbs: Any) -> None:
+    from supervisor import fuzzoptions  # noqa: PLC0415 - `vmsup run` does not wait for it
+
     doctor = verbs.add_parser(
         "doctor", help="what this host offers: KVM, its extensions, the layers of the jail"
     )
@@ -273,7 +284,6 @@ def _arguments() -> argparse.ArgumentParser:
     selftest.add_argument("--layers", action="store_true", help="also with each single layer left out")
     for verb in (inspect, selftest):
         verb.add_argument("--json", action="store_true", help="for machines")
-    return top
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -287,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             "--jail-mode=" + w.removeprefix("--jail=") if w.startswith("--jail=") else w
             for w in (sys.argv[1:] if argv is None else argv)
         ]
-        args = _arguments().parse_args(words)
+        args = _arguments(*words[:1]).parse_args(words)
         _as_json = getattr(args, "log_format", None) == "json"
         code = _dispatch(args)
         sys.stdout.flush()
@@ -368,6 +378,8 @@ def _write(line: str) -> None:
 
 
 def _now() -> str:
+    from datetime import UTC, datetime  # noqa: PLC0415 - only JSON says when
+
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
@@ -532,6 +544,8 @@ def _device(args: argparse.Namespace) -> int:
         return how.code
     if args.name not in CATALOG:
         raise ConfigError(f"device {args.name!r} is unknown, expected one of {', '.join(CATALOG)}")
+    import subprocess  # noqa: PLC0415
+
     # In a process of its own: this one must never load device code.
     return subprocess.run([sys.executable, "-m", "devproc.show", args.name], check=False).returncode
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+from devproc.record import record
 from kvmcore.errors import ConfigError
 from supervisor.keyvalue import Key, check_table, parse
 
@@ -90,7 +90,7 @@ VHOST_USER_KEYS = (
 )
 
 
-@dataclass(frozen=True)
+@record
 class SerialConfig:
     """A 16550A, or a port of the virtio console: its other end, and whether the kernel prints there.
 
@@ -140,7 +140,7 @@ class SerialConfig:
         return port
 
 
-@dataclass(frozen=True)
+@record
 class BlockConfig:
     """One disk: its image, and how the guest may use it.
 
@@ -187,7 +187,7 @@ class BlockConfig:
         return disk
 
 
-@dataclass(frozen=True)
+@record
 class NetConfig:
     """One network card: the tap or the passt that it is connected to, and how the guest may use it.
 
@@ -227,7 +227,7 @@ class NetConfig:
         return net
 
 
-@dataclass(frozen=True)
+@record
 class SharedDirConfig:
     """A directory that the guest may mount by its tag."""
 
@@ -250,7 +250,7 @@ class SharedDirConfig:
         return shared
 
 
-@dataclass(frozen=True)
+@record
 class VsockConfig:
     """Sockets between guest and host: the guest's context id, and the unix socket by which it is reached.
 
@@ -273,7 +273,7 @@ class VsockConfig:
         return cls(**values)
 
 
-@dataclass(frozen=True)
+@record
 class VhostUserConfig:
     """A device whose queues a program serves that listens at the unix socket `socket`.
 
@@ -318,13 +318,13 @@ def _check_tag(where: str, tag: str) -> None:
         raise ConfigError(f"{where}: tag: expected up to {TAG_MAX} bytes, not {tag!r}")
 
 
-@dataclass(frozen=True)
+@record
 class RunConfig:
     """Everything `vmsup run` needs; memory in MiB, times in seconds, affinity as vCPU -> host CPUs."""
 
     kernel: str
     cpus: int = 1
-    cpu_affinity: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    cpu_affinity: Mapping[int, frozenset[int]] = MappingProxyType({})
     mem: int = 256
     initrd: str | None = None
     params: tuple[str, ...] = ()
@@ -489,6 +489,8 @@ def read_file(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: unreadable, not TOML, or a key or value that does not belong.
     """
+    import tomllib  # noqa: PLC0415 - a start without --config does not pay for it
+
     where = f"--config {path}"
     try:
         with open(path, "rb") as f:

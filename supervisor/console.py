@@ -13,9 +13,9 @@ import socket
 import stat
 import tty
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from devproc.catalog import CONSOLE_PORTS
+from devproc.record import record
 from kvmcore.errors import ConfigError
 from supervisor import terminal
 from supervisor.config import SerialConfig
@@ -24,7 +24,7 @@ from supervisor.janitor import Janitor
 from supervisor.relay import PtyRelay, Relay, SocketRelay
 
 
-@dataclass
+@record
 class Console:
     """Descriptors for one port (owned by the caller), and the keyboard that feeds it if it is interactive."""
 

@@ -15,9 +15,9 @@ import mmap
 import os
 import stat
 from contextlib import ExitStack
-from dataclasses import dataclass
 from struct import Struct
 
+from devproc.record import record
 from kvmcore.errors import ConfigError
 from supervisor.config import BlockConfig
 from supervisor.host import Host, Opened
@@ -31,7 +31,7 @@ _QCOW2 = Struct(">4sIQIIQ")
 _QCOW2_SPARE_CLUSTERS = 4096  # for tables, and what is freed and not yet used again
 
 
-@dataclass(frozen=True)
+@record
 class _Image:
     """An open image: `size` bytes of it, `virtual` of the disk in it, `most` that it may grow to."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from devproc.record import record
 from kvmcore import errors
 from supervisor.reaper import DeviceDied
 
 
-@dataclass(frozen=True)
+@record
 class Ending:
     """`line` is for stderr, None when there is nothing to say; `died` is the device that was the reason."""
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Protocol
 
+from devproc.record import record
 from devproc.wire import Scalar
 from supervisor.janitor import Janitor
 from supervisor.terminal import Keyboard
@@ -23,7 +23,6 @@ class Watched(Protocol):
     def ready(self, fd: int, got: int) -> None: ...
 
 
-@dataclass
 class Host:
     """What an opener may use, and where it leaves what outlives it.
 
@@ -37,16 +36,17 @@ class Host:
         window: the port of the virtio console whose window the terminal's is.
     """
 
-    undo: ExitStack
-    janitor: Janitor
-    tell: Callable[[str], None]
-    watched: list[Watched] = field(default_factory=list)
-    keyboard: Keyboard | None = None
-    window: int | None = None
-    exchange: int | None = None
+    def __init__(self, undo: ExitStack, janitor: Janitor, tell: Callable[[str], None]) -> None:
+        self.undo = undo
+        self.janitor = janitor
+        self.tell = tell
+        self.watched: list[Watched] = []
+        self.keyboard: Keyboard | None = None
+        self.window: int | None = None
+        self.exchange: int | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Opened:
     """What an opener has opened; the descriptors stay its own, the device gets duplicates.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from devproc.record import record
 from kvmcore.errors import ConfigError
 
 Value = str | int | bool
@@ -22,7 +22,7 @@ _ITEM = re.compile(
 _TRUE, _FALSE = ("true", "on", "1"), ("false", "off", "0")
 
 
-@dataclass(frozen=True)
+@record
 class Key:
     """One key: its type, its range (integers) or its choices (strings)."""
 

@@ -6,11 +6,11 @@ Data, and the functions of the configuration that choose it; nothing here does a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 from devproc.catalog import CATALOG, Entry
+from devproc.record import record
 from devproc.wire import Scalar, Space
 from kvmcore import acpi, layout
 from kvmcore.errors import ConfigError
@@ -21,7 +21,6 @@ from supervisor.disks import open_disk
 from supervisor.host import Opener
 from supervisor.nets import open_net
 from supervisor.shares import open_share
-from supervisor.vhosts import open_vhost_user
 from supervisor.vsocks import open_vsock
 
 SERIAL_BASES: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
@@ -42,7 +41,7 @@ IOAPIC_PINS: Final = 24
 BUS_SIZE: Final = 1 << 16  # io ports
 
 
-@dataclass(frozen=True)
+@record
 class Placement:
     """[base, base + size) on the io bus goes to `space` of the device, starting at `offset`."""
 
@@ -52,7 +51,7 @@ class Placement:
     offset: int = 0
 
 
-@dataclass(frozen=True)
+@record
 class Instance:
     """One device process.
 
@@ -72,7 +71,7 @@ class Instance:
     opens: Opener | None = None
 
 
-@dataclass(frozen=True)
+@record
 class Function:
     """A virtio function before it has its slot: instance name, kind, its own parameters, its opener.
 
@@ -111,6 +110,8 @@ def virtio_functions(config: RunConfig) -> Iterator[Function]:
         use_fs = shared.tag.encode(), int(shared.ro)
         yield Function(f"fs{n}", "virtio-fs", use_fs, partial(open_share, shared))
     for n, vhost in enumerate(config.vhost_user, 1):
+        from supervisor.vhosts import open_vhost_user  # noqa: PLC0415 - no other VM pays for the protocol
+
         yield Function(f"vhost{n}", _VHOST_USER[vhost.type], opens=partial(open_vhost_user, vhost))
 
 

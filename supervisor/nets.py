@@ -15,14 +15,16 @@ import re
 import select
 import socket
 import struct
-import subprocess
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from devproc.catalog import NET_PAIRS
 from kvmcore.errors import ConfigError
 from supervisor.config import NetConfig
 from supervisor.host import Host, Opened
+
+if TYPE_CHECKING:
+    import subprocess
 
 _TUN: Final = "/dev/net/tun"
 _TUNSETIFF, _TUNGETIFF = 0x400454CA, 0x800454D2
@@ -151,6 +153,8 @@ class _Passt:
 
 def _passt(net: NetConfig, host: Host) -> int:
     """Our end of the socket of a passt that has started; it ends when that is closed."""
+    import subprocess  # noqa: PLC0415 - no other network pays for it
+
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.setblocking(False)
     for end in (ours, theirs):  # as much as an ordinary user gets: passt drops what finds no room
@@ -205,6 +209,8 @@ def _last_line(said: str) -> str:
 
 
 def _end(process: subprocess.Popen[bytes], fd: int) -> None:
+    import subprocess  # noqa: PLC0415
+
     os.close(fd)
     try:
         process.wait(_END_S)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
 from typing import Any
 
+from devproc.record import record
 from kvmcore.errors import VmsupError
 from policies.parse import DIRECTORY
 from policies.syscalls import NAMES
 
 
-@dataclass(frozen=True)
+@record
 class Refused:
     """A system call (x86-64 number, six arguments) that the policy of `device`, a `kind`, does not allow."""
 
@@ -47,7 +47,7 @@ class DeviceDied(VmsupError):
         return DeviceDied, (self.name, self.cause, self.refused)  # another process may be told
 
 
-@dataclass(frozen=True)
+@record
 class Fate:
     """What waitid said of a child; `over`: it is gone (and not merely stopped)."""
 

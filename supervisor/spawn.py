@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from devproc import jail
 from devproc.catalog import Descriptor, Entry
@@ -34,7 +33,6 @@ def host_id(number: int) -> int:
 _NOTHING = Opened({})
 
 
-@dataclass
 class Spawner:
     """Makes device processes, at the start and later.
 
@@ -50,18 +48,31 @@ class Spawner:
             interrupts and its kicks.  They outlive the process, so that another can take its place.
     """
 
-    zygote: Zygote
-    core: Core
-    mode: jail.Mode
-    timeout_s: float
-    events: dict[str, int]
-    memory: int
-    opened: Mapping[str, Opened]
-    say: Callable[[str, str], None]
-    transport: str
-    extra: Callable[[str, Entry, tuple[Scalar, ...]], int] | None = None
-    eventfds: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
-    _count: int = 0
+    def __init__(
+        self,
+        zygote: Zygote,
+        core: Core,
+        mode: jail.Mode,
+        timeout_s: float,
+        events: Mapping[str, int],
+        memory: int,
+        opened: Mapping[str, Opened],
+        say: Callable[[str, str], None],
+        transport: str,
+        extra: Callable[[str, Entry, tuple[Scalar, ...]], int] | None = None,
+    ) -> None:
+        self.zygote = zygote
+        self.core = core
+        self.mode = mode
+        self.timeout_s = timeout_s
+        self.events = events
+        self.memory = memory
+        self.opened = opened
+        self.say = say
+        self.transport = transport
+        self.extra = extra
+        self.eventfds: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._count = 0
 
     def spawn(self, instance: Instance) -> Proxy:
         """Ask for the process; `Proxy.await_ready` must follow, so that many get ready at once.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from devproc.virtio import spec
@@ -31,13 +30,13 @@ _WIDTHS: Final = {
 }
 
 
-@dataclass
 class _Queue:
     """One queue as the guest has set it up; `addresses` as three 64-bit words, in the registers' order."""
 
-    size: int
-    addresses: int = 0
-    enabled: bool = False
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.addresses = 0
+        self.enabled = False
 
     def address(self, register: int) -> int:
         return self.addresses >> 8 * (register - spec.QUEUE_DESC) & (1 << 64) - 1

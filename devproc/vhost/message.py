@@ -12,8 +12,9 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
+
+from devproc.record import record
 
 F_PROTOCOL_FEATURES: Final = 1 << 30
 """The feature bit by which protocol features are offered and accepted; no driver ever sees it."""
@@ -114,7 +115,7 @@ class MemoryRegion(NamedTuple):
     mmap_offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ConfigSpace:
     """Bytes of the device's configuration from `offset` on; GET_CONFIG carries as many as its answer."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,6 +10,7 @@ import pytest
 
 from devproc.catalog import CATALOG, Entry
 from devproc.fuzz import instrument
+from devproc.record import replace
 
 Changes = tuple[tuple[str, str], ...]
 
@@ -287,7 +287,7 @@ def plant(device: str, changes: Changes, module: str, where: Path, monkeypatch: 
     entry = CATALOG[device]
     (where / f"{module}.py").write_text(changed_text(entry.module, changes))
     monkeypatch.syspath_prepend(str(where))
-    changed = dataclasses.replace(entry, module=module)
+    changed = replace(entry, module=module)
     monkeypatch.setitem(CATALOG, device, changed)
     return changed
 

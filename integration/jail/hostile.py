@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from devproc.escapes import Attacker, attacker
+from devproc.record import replace
 
 VICTIM = "rtc"
 HOSTILE = replace(attacker("hostile", VICTIM), module="hostile", model="Hostile")

@@ -13,10 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from devproc.record import replace
 
 HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":

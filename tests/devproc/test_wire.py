@@ -201,7 +201,7 @@ def test_the_protocol_does_no_io() -> None:
     tree = ast.parse(inspect.getsource(wire))
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert names == {"__future__", "enum", "collections.abc", "dataclasses", "typing", "msgpack"}
+    assert names == {"__future__", "enum", "collections.abc", "typing", "msgpack", "devproc.record"}
 
 
 S, D, Z = Sender.SUPERVISOR, Sender.DEVICE, Sender.ZYGOTE

@@ -5,7 +5,6 @@ import os
 import select
 import signal
 import socket
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from devproc import wire
 from devproc.catalog import CATALOG
 from devproc.jail import Mode
+from devproc.record import replace
 from kvmcore.exitloop import Core
 from supervisor.machine import Instance
 from supervisor.proxy import PING_EVERY_S, Proxy

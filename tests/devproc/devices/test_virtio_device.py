@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from devproc import state
 from devproc.catalog import Virtio, virtio_entry
 from devproc.driver import NotReady, PackedDriver, PciDriver, SplitDriver
+from devproc.record import replace
 from devproc.regs import Register
 from devproc.virtio import spec
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
