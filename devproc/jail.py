@@ -1,9 +1,9 @@
 """The jail of a device process: a list of steps that can be read before they run (ARCHITECTURE.md).
 
 Spec: user_namespaces(7), pid_namespaces(7), pivot_root(2), capabilities(7), prctl(2), getrlimit(2),
-landlock(7), seccomp(2), seccomp_unotify(2).  Two processes walk the list: the *launcher*, which the zygote
-forks, and the *device*, which the launcher forks because only a child enters a new pid namespace.  Left out:
-cgroups, which need a delegation that an ordinary user may not have.
+landlock(7), seccomp(2), seccomp_unotify(2).  Two processes walk the list: the *zygote* makes the process, in
+namespaces of its own from the first, and the *device* does the rest.  Left out: cgroups, which need a
+delegation that an ordinary user may not have.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _ADMIN_ONLY: Final = (
 )
 
 
-Who = Literal["launcher", "device"]
+Who = Literal["zygote", "device"]
 
 
 class Mode(enum.Enum):
@@ -104,8 +104,9 @@ class Context:
         mode: how much jail.
         fds: the descriptors of slots 2.., wherever they are now.
         filters: the two seccomp programs, `policies.compile.compile_notify`; None in mode "none".
-        map_ids: launcher only: has the ids of the new user namespace mapped from outside, or raises OSError.
         params: the entry's parameters, of which one may be a limit.
+        pid: the process as the zygote sees it, 0 in that process; None while there is none.
+        unmapped: device only: the error number why its user namespace has no ids, 0 if it has.
         control: device only: the control channel, once the slots are filled.
         namespaced: whether "namespaces" succeeded; steps that would otherwise act on the host ask.
         notes: (logging level, text) of what did not go as asked, for the control channel.
@@ -117,15 +118,15 @@ class Context:
         mode: Mode,
         fds: Sequence[int],
         filters: tuple[bytes, bytes] | None,
-        map_ids: Callable[[], None],
         params: Params | None = None,
     ) -> None:
         self.entry = entry
         self.mode = mode
         self.fds = fds
         self.filters = filters
-        self.map_ids = map_ids
         self.params = params or {}
+        self.pid: int | None = None
+        self.unmapped = 0
         self.control: Channel | None = None
         self.namespaced = False
         self.notes: list[tuple[int, str]] = []
@@ -173,17 +174,33 @@ def enter(steps: Iterable[Step], ctx: Context) -> None:
             ctx.notes.append((30, str(error)))
 
 
+def fork(ctx: Context) -> int:
+    """Make the process, as `ctx` asks, from the zygote; its pid, or 0 in it.
+
+    It is the zygote's sibling, a child of the supervisor.
+
+    Raises:
+        JailError: it cannot have namespaces of its own, except in mode "best-effort".
+        OSError: there is no process to be had.
+    """
+    enter(plan(ctx.mode, "zygote", ctx.entry.without), ctx)
+    if ctx.pid is None:
+        ctx.pid = syscalls.clone(syscalls.CLONE_PARENT)
+    return ctx.pid
+
+
 def _namespaces(ctx: Context) -> None:
     if os.geteuid() == 0:
         os.setgroups([])  # setgroups is denied for good inside; an ordinary user cannot drop groups at all
-    syscalls.unshare(_NAMESPACES)
+    ctx.pid = syscalls.clone(syscalls.CLONE_PARENT | _NAMESPACES)
     ctx.namespaced = True
-    ctx.map_ids()
 
 
 def _identity(ctx: Context) -> None:
     if not ctx.namespaced:
         raise JailError("identity", "there is no user namespace whose id could be taken")
+    if ctx.unmapped:
+        raise OSError(ctx.unmapped, f"mapping the ids: {os.strerror(ctx.unmapped)}")
     # Uid 0 does not exist here, so this drops no capability: the mounts still need them.
     os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
     os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
@@ -336,11 +353,10 @@ def _numbers(fds: range) -> str:
 
 STEPS: Final = (
     Step(
-        "namespaces", "launcher",
+        "namespaces", "zygote",
         lambda e: "own user, pid, mount, net, ipc, uts and cgroup namespaces; one id, mapped from outside",
         _namespaces,
     ),
-    Step("identity", "launcher", lambda e: f"uid and gid {INSIDE_ID}, the only ones there are", _identity),
     Step(
         "descriptors", "device",
         lambda e: "0 and 1 /dev/null (the zygote's), 2 log, 3 access, 4 control, 5 mailbox, 6 bell, "
@@ -349,6 +365,7 @@ STEPS: Final = (
         _descriptors,
         always=True,
     ),
+    Step("identity", "device", lambda e: f"uid and gid {INSIDE_ID}, the only ones there are", _identity),
     Step("root", "device", _root_of, _root),
     Step(
         "limits", "device",
@@ -443,11 +460,6 @@ def forbid_gain() -> None:
 def die_with_parent() -> None:
     """SIGKILL this process when the thread that forked it ends."""
     prctl.set_pdeathsig(signal.SIGKILL)
-
-
-def adopt_orphans(adopt: bool = True) -> None:
-    """Become the parent of descendants whose own parent ends (PR_SET_CHILD_SUBREAPER)."""
-    prctl.set_child_subreaper(int(adopt))
 
 
 def title(name: str) -> None:

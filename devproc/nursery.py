@@ -1,12 +1,12 @@
 """The zygote's own process: it forks every device process from what they share (ARCHITECTURE.md).
 
-Spec: user_namespaces(7) for the id maps, unix(7) for SCM_RIGHTS, PR_SET_CHILD_SUBREAPER in prctl(2).
+Spec: user_namespaces(7) for the id maps, unix(7) for SCM_RIGHTS, CLONE_PARENT in clone(2).
 
 It is single-threaded, holds its socket and the standard descriptors, and has in memory the device models, but
-nothing of a guest.  A request is a `wire.Spawn` with the device's descriptors.  The zygote forks a launcher,
-which leaves the namespaces and forks the device; when the launcher is gone the device is a child of the
-supervisor, and only then is it told to go on.  Left out: exec of a fresh interpreter per device, which would
-give each its own address space layout.
+nothing of a guest.  A request is a `wire.Spawn` with the device's descriptors.  The zygote makes the process
+by one clone(2), in its namespaces from the first and a child of the supervisor, and maps its ids, which the
+process waits for.  Left out: exec of a fresh interpreter per device, which would give each its own address
+space layout.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
 from devproc import child, jail, syscalls
-from devproc.catalog import CATALOG, FD_LOG, Entry, Params, shared_directory
+from devproc.catalog import CATALOG, FD_LOG, Entry, shared_directory
 from devproc.channel import FDS_MAX, Channel, ChannelClosed
 from devproc.wire import SPAWN_TABLE, Failed, Sender, Spawn, Spawned
 from devproc.zygote import Filters, SpawnError
 from policies.compile import compile_notify
 from policies.parse import load
 
-_LAUNCH_S: Final = 10.0  # a launcher needs 3 ms; one that takes this long is stuck
 _SOCKET: Final = 3  # where the zygote keeps the one descriptor it has
 _FD_MAX: Final = 0xFFFF_FFFF
 # SIGTERM too: a service manager sends it to every process at once, and the supervisor decides who ends when.
@@ -41,8 +40,7 @@ _IGNORED: Final = (
     signal.SIGPIPE,
     signal.SIGXFSZ,
 )
-# What a launcher and the zygote say to each other; a pid and an error text follow their word.
-_MAP, _MAPPED, _PID, _ERROR, _GO = b"map", b"mapped", b"pid ", b"error ", b"go"
+_ERRNO: Final = struct.Struct("=i")  # what the zygote tells a device: whether its ids are mapped
 
 
 def compiled(entry: Entry) -> Filters:
@@ -156,6 +154,7 @@ def _spawn(
         entry = CATALOG[request.device]
         mode = jail.Mode(request.jail)
         params = entry.check_params(request.params)
+        model = program.load(entry)
         if mode is not jail.Mode.NONE and entry.name not in cache:
             cache[entry.name] = filters(entry)
     except Exception as e:  # a policy is text a user may edit: whatever is wrong with it is the answer
@@ -164,26 +163,20 @@ def _spawn(
     if len(fds) != expected:
         raise SpawnError(f"{len(fds)} descriptors, expected {expected}")
 
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    launcher = os.fork()
-    if launcher == 0:
-        ours.close()
-        os.close(_SOCKET)
-        _launch(theirs, entry, mode, request.name, params, fds, cache.get(entry.name), program)
-    theirs.close()
-    with ours:
-        ours.settimeout(_LAUNCH_S)
-        try:
-            pid = _watch_launcher(ours, launcher, _ids(entry, request.host_id, fds))
-        except TimeoutError:
-            os.kill(launcher, signal.SIGKILL)
-            raise SpawnError(f"the launcher said nothing for {_LAUNCH_S:g} s") from None
-        finally:
-            # Only now is the device certain to be the supervisor's child.  An EOF from the launcher would not
-            # say so: a process that exits closes its descriptors before it gives its children away.
-            os.waitpid(launcher, 0)
-        ours.send(_GO)
-    return pid
+    ctx = jail.Context(entry, mode, fds, cache.get(entry.name), params)
+    mapped, told = os.pipe()
+    try:
+        if jail.fork(ctx) == 0:
+            _device(ctx, model, request.name, mapped, told, program)
+        assert ctx.pid is not None
+        ids = _ids(entry, request.host_id, fds)
+        os.write(told, _ERRNO.pack(_map_ids(ctx.pid, *ids) if ctx.namespaced else 0))
+    except jail.JailError as e:
+        raise SpawnError(str(e)) from e
+    finally:
+        os.close(mapped)
+        os.close(told)
+    return ctx.pid
 
 
 def _ids(entry: Entry, host_id: int, fds: Sequence[int]) -> tuple[int, int]:
@@ -195,66 +188,30 @@ def _ids(entry: Entry, host_id: int, fds: Sequence[int]) -> tuple[int, int]:
     return (host_id, host_id) if host_id else (os.geteuid(), os.getegid())
 
 
-def _watch_launcher(link: socket.socket, launcher: int, ids: tuple[int, int]) -> int:
-    """The device's pid, once the launcher has it."""
-    while True:
-        answer = link.recv(1100)
-        if answer == _MAP:
-            try:
-                _map_ids(launcher, *ids)
-            except OSError as e:
-                link.send(struct.pack("=i", e.errno or 0))
-            else:
-                link.send(_MAPPED)
-        elif answer.startswith(_PID):
-            return int(answer.removeprefix(_PID))
-        else:
-            why = answer.removeprefix(_ERROR).decode(errors="replace")
-            raise SpawnError(why or "the launcher died")
-
-
-def _map_ids(pid: int, uid: int, gid: int) -> None:
-    for name, text in (
-        ("setgroups", "deny"),  # or a group that is there to take rights away could be dropped
-        ("uid_map", f"{jail.INSIDE_ID} {uid} 1"),
-        ("gid_map", f"{jail.INSIDE_ID} {gid} 1"),
-    ):
-        with open(f"/proc/{pid}/{name}", "w") as f:
-            f.write(text)
-
-
-def _launch(
-    link: socket.socket,
-    entry: Entry,
-    mode: jail.Mode,
-    name: str,
-    params: Params,
-    fds: list[int],
-    filters: Filters | None,
-    program: Program,
-) -> NoReturn:
-    """The launcher, and as its child the device."""
-
-    def map_ids() -> None:
-        link.send(_MAP)
-        answer = link.recv(16)
-        if answer != _MAPPED:
-            err = struct.unpack("=i", answer)[0]
-            raise OSError(err, f"mapping the ids: {os.strerror(err)}")
-
+def _map_ids(pid: int, uid: int, gid: int) -> int:
+    """Map the ids of a process, which it cannot do itself to any but the zygote's; 0 or an error number."""
     try:
-        model = program.load(entry)  # with the caller's ids, which can read it; the device's own may not
-        ctx = jail.Context(entry, mode, fds, filters, map_ids, params)
-        jail.enter(jail.plan(mode, "launcher", entry.without), ctx)
-        pid = os.fork()
-        if pid == 0:
-            go = link.recv(len(_GO)) == _GO
-            link.close()
-            if go:
-                program.main(ctx, model, name)
-            os._exit(0)
-        link.send(_PID + str(pid).encode())
-    except BaseException as e:
-        link.send(_ERROR + f"{e if isinstance(e, jail.JailError) else repr(e)}"[:1000].encode())
+        for name, text in (
+            ("setgroups", "deny"),  # or a group that is there to take rights away could be dropped
+            ("uid_map", f"{jail.INSIDE_ID} {uid} 1"),
+            ("gid_map", f"{jail.INSIDE_ID} {gid} 1"),
+        ):
+            with open(f"/proc/{pid}/{name}", "w") as f:
+                f.write(text)
+    except OSError as e:
+        return e.errno or 0
+    return 0
+
+
+def _device(
+    ctx: jail.Context, model: type[Any], name: str, mapped: int, told: int, program: Program
+) -> NoReturn:
+    """The device's process, from its birth on."""
+    try:
+        os.close(told)
+        word = os.read(mapped, _ERRNO.size)
+        if word:  # otherwise the zygote is gone
+            (ctx.unmapped,) = _ERRNO.unpack(word)
+            program.main(ctx, model, name)
     finally:
         os._exit(0)

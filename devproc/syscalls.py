@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import socket
 import struct
 from typing import Final, NamedTuple
 
+CLONE_PARENT: Final = 0x0000_8000
 CLONE_NEWNS: Final = 0x0002_0000
 CLONE_NEWCGROUP: Final = 0x0200_0000
 CLONE_NEWUTS: Final = 0x0400_0000
@@ -80,6 +82,7 @@ _NR: Final = {
     "close": 3,
     "mmap": 9,
     "sendmsg": 46,
+    "clone": 56,
     "capset": 126,
     "pivot_root": 155,
     "prctl": 157,
@@ -123,6 +126,10 @@ _LANDLOCK_RIGHTS: Final = (
 
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
+# Without giving the interpreter's lock away, which a child could not ask back from threads it does not have.
+_syscall_with_gil = ctypes.PyDLL(None, use_errno=True).syscall
+_syscall_with_gil.restype = ctypes.c_long
+_python = ctypes.pythonapi
 
 
 def _call(name: str, *args: int | bytes | ctypes.Array[ctypes.c_char] | None, path: str | None = None) -> int:
@@ -139,6 +146,23 @@ def _call(name: str, *args: int | bytes | ctypes.Array[ctypes.c_char] | None, pa
 def unshare(flags: int) -> None:
     """Leave the namespaces named by CLONE_NEW* `flags`; the pid namespace is that of the next child."""
     _call("unshare", flags)
+
+
+def clone(flags: int) -> int:
+    """`os.fork` with CLONE_* `flags`, for a process of one thread: the child's pid, 0 in the child.
+
+    The C library does not notice, so what it does at a fork is left undone: it is all about other threads.
+    """
+    _python.PyOS_BeforeFork()
+    pid: int = _syscall_with_gil(*map(ctypes.c_ulong, (_NR["clone"], flags | signal.SIGCHLD, 0, 0, 0, 0)))
+    if pid == 0:
+        _python.PyOS_AfterFork_Child()
+        return 0
+    err = ctypes.get_errno()
+    _python.PyOS_AfterFork_Parent()
+    if pid == -1:
+        raise OSError(err, f"clone: {os.strerror(err)}")
+    return pid
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, options: str | None = None) -> None:

@@ -75,7 +75,7 @@ class Zygote:
         mode: jail.Mode = jail.Mode.FULL,
         params: tuple[Scalar, ...] = (),
     ) -> int:
-        """Start a device process; returns its pid, a child of the caller's (see `jail.adopt_orphans`).
+        """Start a device process; returns its pid, a child of the caller's.
 
         It goes on by itself from here: `await_ready` on its control channel says how that went, so start all
         devices before waiting for any.

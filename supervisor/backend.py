@@ -70,8 +70,6 @@ def serve(config: RunConfig, say: Say) -> Ending:
             janitor = Janitor.start(mode)
             undo.callback(janitor.finish)
         with step("fork the zygote"):
-            jail.adopt_orphans()
-            undo.callback(jail.adopt_orphans, False)
             nursery = zygote.start([function.kind], mode=mode)
             undo.callback(end_zygote, nursery)
         with step("open what the device works on"):

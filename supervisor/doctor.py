@@ -164,7 +164,6 @@ def _examine_jail() -> JailReport:
 
 def _try_jail(tell: Callable[[str], None]) -> None:
     """Start a device process in as much of the jail as can be had; tell (level, layer, why) of the rest."""
-    jail.adopt_orphans()
     _access, its_access = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     log = os.open(os.devnull, os.O_WRONLY)
@@ -196,5 +195,5 @@ def _try_jail(tell: Callable[[str], None]) -> None:
 def _try_landlock(tell: Callable[[str], None]) -> None:
     """Tell the ABI, after denying this process everything it can deny."""
     no_new_privs = next(s for s in jail.STEPS if s.name == "no-gain")
-    no_new_privs.apply(jail.Context(CATALOG[_DEVICE], jail.Mode.FULL, (), None, lambda: None))
+    no_new_privs.apply(jail.Context(CATALOG[_DEVICE], jail.Mode.FULL, (), None))
     tell(str(syscalls.landlock_restrict()))

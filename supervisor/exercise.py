@@ -66,8 +66,6 @@ def exercise(device: str, say: Say, filters: Filters | None = None, watch: Watch
     """
     instance = _instance(CATALOG[device])
     with contextlib.ExitStack() as undo:
-        jail.adopt_orphans()
-        undo.callback(jail.adopt_orphans, False)
         nursery = zygote.start([device], filters)
         undo.callback(os.waitpid, nursery.pid, 0)
         undo.callback(nursery.close)

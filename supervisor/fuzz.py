@@ -346,8 +346,6 @@ class Campaign:
         try:
             self.result.blocks = instrument.blocks(self.entry)
             self.seeds = list((read_corpus(self.entry, plan.corpus) if plan.corpus else {}).values())
-            jail.adopt_orphans()
-            self._undo.callback(jail.adopt_orphans, False)
             self._executors = self._zygote("devproc.fuzz.executor")
             self._rehearsal = None
             if plan.compare and recorded(self.entry) and self._guest_size() <= GUEST_SIZE:

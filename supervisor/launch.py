@@ -112,8 +112,6 @@ class _Launch:
                 exchange = Exchange.start(vsock.path, janitor, mode)
                 self.undo.callback(exchange.finish)
         with step("fork the zygote"):
-            jail.adopt_orphans()
-            self.undo.callback(jail.adopt_orphans, False)
             program = "devproc.fuzz.recording" if recordings else "devproc.child"
             filters = recorder.filters if recorder else None
             nursery = zygote.start(machine.kinds(config), filters, program, mode)

@@ -156,8 +156,6 @@ def replay(where: str, *, jailed: bool = True) -> tuple[str, int]:
     lines = []
     wrong = 0
     with contextlib.ExitStack() as undo:
-        jail.adopt_orphans()
-        undo.callback(jail.adopt_orphans, False)
         kinds = sorted({rep.device for _, rep in reps})
         nursery = zygote.start(kinds, program="devproc.fuzz.rehearsal", mode=mode)
         undo.callback(os.waitpid, nursery.pid, 0)

@@ -195,7 +195,6 @@ def _attack(victim: str, columns: Sequence[Column], tell: Callable[[str], None])
     if os.geteuid() == 0:  # whatever root's controls bring about stays here
         syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS)
         syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-    jail.adopt_orphans()
     entries = {c.name: escapes.attacker(f"attacker-{n}", victim, c.without) for n, c in enumerate(columns)}
     CATALOG.update({e.name: e for e in entries.values()})
 

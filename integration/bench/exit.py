@@ -158,7 +158,6 @@ def ways() -> Iterator[dict[str, Way]]:
         guest, program = Path(directory, "guest"), Path(directory, "baseline")
         guest.write_bytes(assemble(GUEST))
         subprocess.run(["gcc", "-O2", "-Wall", "-o", program, HERE / "baseline.c"], check=True)
-        jail.adopt_orphans()
         nursery = zygote.start(("serial",))
         undo.callback(nursery.close)
         found: dict[str, Way] = {}

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from devproc import jail
 from devproc.virtio import spec
 from integration.boot import vm
 from integration.hostile.attacker import ATTACKS, DONE, FLOOD, FLOOD_OF_INTERRUPTS, TEXT, TIMEOUT_S
@@ -38,11 +37,9 @@ def children() -> set[str]:
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     """What a VM leaves behind becomes a child of ours."""
-    jail.adopt_orphans()
     before = children()
     yield
     left = children() - before
-    jail.adopt_orphans(False)
     for pid in left:
         os.waitpid(int(pid), os.WNOHANG)
     assert not left

@@ -93,7 +93,6 @@ class StandIn:
         if os.geteuid() == 0:  # an attempt to mount that succeeds, without a jail, must not reach the host
             syscalls.unshare(syscalls.CLONE_NEWNS)
             syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-        jail.adopt_orphans()
         self.zygote = zygote.start((), filters, mode=mode)
         self.devices: dict[str, dict[str, Any]] = {}
         self.guest = GuestMemory.create([(0, MEMORY_SIZE)])

@@ -14,7 +14,7 @@ ENTRY = CATALOG["serial"]
 
 
 def context(mode: Mode) -> Context:
-    return Context(ENTRY, mode, [], None, lambda: None)
+    return Context(ENTRY, mode, [], None)
 
 
 def fails(ctx: Context) -> None:
@@ -46,8 +46,8 @@ def test_the_order_is_one_that_works() -> None:
     assert order.index("no-gain") < order.index("landlock")  # needs no_new_privs
 
 
-def test_the_launchers_steps_come_first() -> None:
-    assert names(Mode.FULL, "launcher") + names(Mode.FULL, "device") == names(Mode.FULL)
+def test_the_zygotes_steps_come_first() -> None:
+    assert names(Mode.FULL, "zygote") + names(Mode.FULL, "device") == names(Mode.FULL)
 
 
 def test_no_step_is_left_out_in_best_effort_and_only_hygiene_stays_in_none() -> None:

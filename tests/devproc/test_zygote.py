@@ -26,12 +26,10 @@ DIGEST = bytes(32)
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Zygote]:
-    jail.adopt_orphans()
     zygote = start(mode=None)
     yield zygote
     zygote.close()
     assert os.waitpid(zygote.pid, 0)[1] == 0
-    jail.adopt_orphans(False)
 
 
 class Ends:
