@@ -13,7 +13,6 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Protocol
 
 from devproc import jail, regs, state
@@ -43,6 +42,7 @@ from devproc.catalog import (
 from devproc.channel import Channel, ChannelClosed
 from devproc.mailbox import Mailbox
 from devproc.ports import Device, HostError, Watched
+from devproc.record import record
 from devproc.wire import (
     ACCESS_FRAME_MAX,
     CONTROL_TABLE,
@@ -106,7 +106,7 @@ def load(entry: Entry) -> type[Any]:
     return kind
 
 
-@dataclass(frozen=True)
+@record
 class _Sample:
     value: state.U8
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Final
+
+from devproc.record import record
 
 MAJOR: Final = 7
 MINOR: Final = 31
@@ -130,7 +131,7 @@ class Refused(Exception):
         self.errno = error
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Header:
     """`opcode` may be unknown; `size` is what the request says that it is long."""
 
@@ -140,7 +141,7 @@ class Header:
     nodeid: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Init:
     major: int
     minor: int
@@ -148,7 +149,7 @@ class Init:
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetAttr:
     """`fh` is None unless the request is about an open file; times in seconds and nanoseconds."""
 
@@ -162,7 +163,7 @@ class SetAttr:
     gid: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Transfer:
     """READ, WRITE, READDIR, READDIRPLUS: `size` bytes from `offset` on."""
 
@@ -171,14 +172,14 @@ class Transfer:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Create:
     flags: int
     mode: int
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Rename:
     newdir: int
     flags: int
@@ -186,7 +187,7 @@ class Rename:
     to_name: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Fallocate:
     fh: int
     offset: int
@@ -194,14 +195,14 @@ class Fallocate:
     mode: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LSeek:
     fh: int
     offset: int
     whence: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Attributes:
     """struct fuse_attr; times in nanoseconds since the epoch."""
 

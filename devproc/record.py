@@ -48,6 +48,11 @@ def record(cls: type[T]) -> type[T]:
     return cls
 
 
+def is_record(kind: Any) -> bool:
+    """Whether `kind` is such a class."""
+    return isinstance(kind, type) and kind.__setattr__ is _frozen
+
+
 def replace(value: T, /, **changes: Any) -> T:
     """The record `value` with other values of some fields."""
     return type(value)(**{**vars(value), **changes})

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass
 from functools import cache, partial
 from typing import Any, ClassVar, Final, Literal
 
+from devproc.record import record
 from devproc.wire import Space
 
 INDEXED: Final = len(Space)
@@ -26,7 +26,7 @@ Reader = Callable[[], int]
 Writer = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Register:
     """One register of the datasheet.
 
@@ -59,7 +59,7 @@ class Register:
         return 0 if self.access == "RO" else self.mask
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Table:
     """The registers of one space of `size` bytes; `hole` is the byte read where there is none."""
 
@@ -73,15 +73,17 @@ class Table:
         return list(dict.fromkeys(r.when for r in self.registers if r.when)) or [""]
 
 
-@dataclass(slots=True)
 class _Bank:
     """The dispatch of one bank: per byte offset, and per (offset, size) for whole wide registers."""
 
-    table: Table
-    read: dict[int, Reader]
-    write: dict[int, Writer]
-    read_whole: dict[tuple[int, int], Reader]
-    write_whole: dict[tuple[int, int], Writer]
+    __slots__ = ("read", "read_whole", "table", "write", "write_whole")
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.read: dict[int, Reader] = {}
+        self.write: dict[int, Writer] = {}
+        self.read_whole: dict[tuple[int, int], Reader] = {}
+        self.write_whole: dict[tuple[int, int], Writer] = {}
 
 
 class Model:
@@ -203,7 +205,7 @@ class Model:
         return table.hole if offset < table.size else 0xFF
 
     def _bind(self, table: Table, bank: str) -> _Bank:
-        bound = _Bank(table, {}, {}, {}, {})
+        bound = _Bank(table)
         for r in table.registers:
             if r.when not in ("", bank):
                 continue
@@ -296,9 +298,13 @@ def digest(model: type[Model]) -> bytes:
     return _digest(kind)
 
 
+def _values(register: Register) -> tuple[Any, ...]:
+    return tuple(getattr(register, name) for name in Register.__match_args__)
+
+
 @cache
 def _digest(model: type[Model]) -> bytes:
-    tables = [(t.space, t.size, t.hole, [astuple(r) for r in t.registers]) for t in model.TABLES]
+    tables = [(t.space, t.size, t.hole, [_values(r) for r in t.registers]) for t in model.TABLES]
     return hashlib.sha256(repr(tables).encode()).digest()
 
 

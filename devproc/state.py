@@ -1,7 +1,7 @@
-"""Device state as validated dataclasses: `pack` to bytes, `unpack` checking every value.
+"""Device state as validated records: `pack` to bytes, `unpack` checking every value.
 
-A state is a frozen dataclass whose field types say what is allowed: bool, an `Annotated` int with a
-`Range`, `Annotated` bytes or tuple with a `Length`, another such dataclass, or one of these `| None`.
+A state is a record whose field types say what is allowed: bool, an `Annotated` int with a
+`Range`, `Annotated` bytes or tuple with a `Length`, another such record, or one of these `| None`.
 Relations between fields belong in `__post_init__`, which raises ValueError.  The encoding is JSON (bytes
 as hexadecimal) with every field present by name, so a saved state can be read and compared as text.
 Left out: versions; a field added or removed makes older states invalid, on purpose.
@@ -13,12 +13,13 @@ import json
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
+from devproc.record import is_record, record
 
-@dataclass(frozen=True, slots=True)
+
+@record
 class Range:
     """An int lies in [low, high]."""
 
@@ -26,7 +27,7 @@ class Range:
     high: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Length:
     """Bytes or a tuple have between `low` and `high` elements."""
 
@@ -46,7 +47,7 @@ _NONE: Final = type(None)
 
 
 def pack(state: Any) -> bytes:
-    """The bytes of a state dataclass.
+    """The bytes of a state.
 
     Raises:
         ValueError: a field is not what its type says: a bug of the model, found before it is saved.
@@ -82,7 +83,7 @@ def prepare(model: type[Any]) -> None:
 
 
 def check(state: Any) -> None:
-    """Check every field of a state dataclass against its type.
+    """Check every field of a state against its type.
 
     Raises:
         ValueError: naming the field.
@@ -105,14 +106,9 @@ def _plain(value: Any) -> Any:
         return value.hex()
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
-    if is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _names(kind)}
+    if is_record(kind):
+        return {name: _plain(getattr(value, name)) for name in kind.__match_args__}
     return value
-
-
-@cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind))
 
 
 _Builder = Callable[[Any, str], Any]
@@ -122,7 +118,7 @@ _Builder = Callable[[Any, str], Any]
 @cache
 def _builder(kind: Any) -> _Builder:
     """What builds a `kind`: found out once, because a state is saved and restored for each that is fuzzed."""
-    if isinstance(kind, type) and is_dataclass(kind):
+    if is_record(kind):
         return _of_fields(kind)
     if kind is bool:
         return _bool
@@ -141,7 +137,7 @@ def _of_fields(kind: type[Any]) -> _Builder:
     def build(value: Any, where: str) -> Any:
         if type(value) is not dict or value.keys() != builders.keys():
             raise ValueError(f"{where}: expected exactly the fields {', '.join(builders)}")
-        return kind(**{name: b(value[name], f"{where}.{name}") for name, b in builders.items()})
+        return kind(*[b(value[name], f"{where}.{name}") for name, b in builders.items()])
 
     return build
 

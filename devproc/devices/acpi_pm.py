@@ -6,11 +6,11 @@ SCI_EN reads 1.  Left out: buttons, the RTC wake-up, bus master status and every
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Final
 
 from devproc import state
 from devproc.ports import Clock, Signal
+from devproc.record import record
 from devproc.regs import Model, Register, Table
 from devproc.state import U16, U64, Length
 from devproc.wire import Space
@@ -24,7 +24,7 @@ SLP_TYP_S5: Final = 5  # what the DSDT's \_S5 says
 NS: Final = 10**9
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AcpiPmState:
     registers: Annotated[tuple[U16, ...], Length(3, 3)]
     elapsed_ns: U64

@@ -9,11 +9,11 @@ Where a PIT process owns port B (0x61), the supervisor routes that port there an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Final
 
 from devproc import state
 from devproc.ports import Signal
+from devproc.record import record
 from devproc.regs import Model, Register, Table
 from devproc.state import Range
 from devproc.wire import Space
@@ -24,7 +24,7 @@ PORTB_WRITABLE, PORTB_REFRESH, PORTB_OUT2 = 0x03, 0x10, 0x20
 PULSE, LINE_RESET = 0xF0, 0x01
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class I8042State:
     control: Annotated[int, Range(0, PORTB_WRITABLE)]
     refresh: bool

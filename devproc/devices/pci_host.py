@@ -8,16 +8,16 @@ belongs to the supervisor's bus.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from devproc import state
+from devproc.record import record
 from devproc.regs import Model, Register, Table
 from devproc.state import U16, Length
 from devproc.wire import Space
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PciHostState:
     registers: Annotated[tuple[U16, ...], Length(9, 9)]
 

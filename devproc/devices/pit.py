@@ -7,11 +7,11 @@ of the chip.  Left out: the speaker's sound, and the parity and channel check bi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Final
 
 from devproc import state
 from devproc.ports import Clock, Signal
+from devproc.record import record
 from devproc.regs import Model, Register, Table
 from devproc.state import I64, U8, U16, U64, Length, Range
 from devproc.wire import Space
@@ -29,7 +29,6 @@ PORTB_GATE2, PORTB_SPKR, PORTB_REFRESH, PORTB_OUT2 = 0x01, 0x02, 0x10, 0x20
 _SPAN_NS: Final = 1 << 62  # what is restored must not, as time goes on, outgrow what can be saved
 
 
-@dataclass(slots=True)
 class Counter:
     """One counter.  Times are nanoseconds of the clock, counts are ticks.
 
@@ -39,20 +38,38 @@ class Counter:
     `frozen` is how far it got.
     """
 
-    mode: int = 3
-    bcd: bool = False
-    rw: int = BOTH
-    reload: int | None = None
-    loaded: int | None = None
-    null: bool = True
-    start_ns: int = 0
-    switch_ns: int = 0
-    gate: bool = True
-    frozen: int | None = None
-    first_byte: int | None = None  # of a count being written
-    second_next: bool = False  # the next read gives the high byte
-    latch: int | None = None
-    status: int | None = None
+    def __init__(
+        self,
+        *,
+        mode: int = 3,
+        bcd: bool = False,
+        rw: int = BOTH,
+        reload: int | None = None,
+        loaded: int | None = None,
+        null: bool = True,
+        start_ns: int = 0,
+        switch_ns: int = 0,
+        gate: bool = True,
+        frozen: int | None = None,
+        first_byte: int | None = None,
+        second_next: bool = False,
+        latch: int | None = None,
+        status: int | None = None,
+    ) -> None:
+        self.mode = mode
+        self.bcd = bcd
+        self.rw = rw
+        self.reload = reload
+        self.loaded = loaded
+        self.null = null
+        self.start_ns = start_ns
+        self.switch_ns = switch_ns
+        self.gate = gate
+        self.frozen = frozen
+        self.first_byte = first_byte  # of a count being written
+        self.second_next = second_next  # the next read gives the high byte
+        self.latch = latch
+        self.status = status
 
     def program(self, mode: int, rw: int, bcd: bool) -> None:
         """A control word: OUT takes its initial level and counting waits for a count."""
@@ -206,7 +223,7 @@ def ticks_ns(ticks: int) -> int:
 Count = Annotated[int, Range(1, 0x10000)]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CounterState:
     mode: Annotated[int, Range(0, 5)]
     bcd: bool
@@ -232,7 +249,7 @@ class CounterState:
             raise ValueError("loaded from nothing")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PitState:
     counters: Annotated[tuple[CounterState, ...], Length(3, 3)]
     speaker: bool

@@ -5,11 +5,11 @@ Left out: the PCI variant and the newer "shutdown" event (bit 2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from devproc import state
 from devproc.ports import Signal
+from devproc.record import record
 from devproc.regs import Model, Register, Table
 from devproc.wire import Space
 
@@ -17,7 +17,7 @@ PANICKED, CRASHLOADED = 0x01, 0x02
 SUPPORTED: Final = PANICKED | CRASHLOADED
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PvPanicState:
     pass
 

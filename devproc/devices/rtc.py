@@ -10,12 +10,12 @@ dropped.
 from __future__ import annotations
 
 from calendar import monthrange
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Final
 
 from devproc import state
 from devproc.ports import Clock, Signal
+from devproc.record import record
 from devproc.regs import INDEXED, Model, Register, Table
 from devproc.state import U8, Length, Range
 from devproc.wire import Space
@@ -41,7 +41,7 @@ C_IRQF, C_PF, C_AF, C_UF = 0x80, 0x40, 0x20, 0x10
 PM: Final = 0x80  # in HOURS, with the 12-hour clock
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RtcState:
     registers: Annotated[tuple[U8, ...], Length(114, 114)]
     index: Annotated[int, Range(0, 127)]

@@ -10,11 +10,11 @@ be written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Final
 
 from devproc import state
 from devproc.ports import Clock, Input, Output, Signal
+from devproc.record import record
 from devproc.regs import Model, Register, Table
 from devproc.state import U8, Length, Range
 from devproc.wire import Space
@@ -46,7 +46,7 @@ POLLS: Final = 16
 BYTES: Final = [bytes([i]) for i in range(256)]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SerialState:
     registers: Annotated[tuple[U8, ...], Length(5, 5)]
     ier: Annotated[int, Range(0, 0x0F)]

@@ -8,12 +8,12 @@ a driver whose free pages have to keep their bytes does not report them (5.5.3.1
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from struct import Struct
 from typing import Annotated, Any, Final
 
 from devproc import state
 from devproc.catalog import BALLOON
+from devproc.record import record
 from devproc.regs import Register
 from devproc.state import U64, Length, Range
 from devproc.virtio.chain import Chain
@@ -43,7 +43,7 @@ STATISTICS: Final = (  # 5.5.6.4, by tag
 )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VirtioBalloonState:
     transport: TransportState
     target_pages: Annotated[int, Range(0, (1 << 32) - 1)]

@@ -11,7 +11,6 @@ the legacy interface.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Any, Final, NamedTuple
@@ -22,6 +21,7 @@ from devproc.backends.qcow2 import Qcow2
 from devproc.backends.ratelimit import RateLimit
 from devproc.catalog import BLOCK
 from devproc.ports import Clock, Disk, File
+from devproc.record import record
 from devproc.regs import Register
 from devproc.virtio.chain import Chain, Span, part
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
@@ -108,7 +108,7 @@ class _Refused(Exception):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BlkState:
     transport: TransportState
 

@@ -7,7 +7,6 @@ come and go, which Linux's own names (hvc0) would not survive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 from typing import Annotated, Any, Final
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Final
 from devproc import state
 from devproc.catalog import CONSOLE, CONSOLE_PORTS
 from devproc.ports import Input, Output
+from devproc.record import record
 from devproc.regs import Register
 from devproc.state import U16, Length, Range
 from devproc.virtio.chain import Chain, part
@@ -31,7 +31,7 @@ INPUT_MAX: Final = 4096  # bytes taken from the host at a time
 OUTPUT_MAX: Final = 65536  # bytes copied for the host at a time
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PortState:
     added: bool
     ready: bool
@@ -41,7 +41,7 @@ class PortState:
     rows: U16
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VirtioConsoleState:
     """`owed` has the port number times 8 plus the event."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from struct import Struct
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ from devproc import fuse, state
 from devproc.backends.directory import Directory, Node
 from devproc.catalog import FS
 from devproc.fuse import Attributes, Header, Opcode, Refused
+from devproc.record import record
 from devproc.regs import Register
 from devproc.syscalls import (
     FALLOC_FL_KEEP_SIZE,
@@ -89,7 +89,7 @@ _ROOM: Final[Mapping[int, int]] = {
 """How long the replies are that have a length of their own."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FsState:
     transport: TransportState
     started: bool

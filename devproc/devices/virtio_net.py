@@ -10,7 +10,6 @@ announcements, speed and duplex, coalescing, and the legacy interface.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 from typing import Annotated, Any, Final
@@ -20,6 +19,7 @@ from devproc._ring import Ring
 from devproc.backends.ratelimit import RateLimit
 from devproc.catalog import NET, NET_PAIRS
 from devproc.ports import Clock, Link
+from devproc.record import record
 from devproc.regs import Register
 from devproc.state import Length, Range
 from devproc.virtio.chain import Chain, Queue, Span, part
@@ -101,7 +101,7 @@ Address = Annotated[bytes, Length(6, 6)]
 Addresses = Annotated[tuple[Address, ...], Length(0, CTRL_MAX // 6)]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NetState:
     transport: TransportState
     mac: Address

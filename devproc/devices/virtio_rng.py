@@ -5,19 +5,19 @@ Left out: nothing; the device has no features and no configuration.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final
 
 from devproc import state
 from devproc.catalog import RNG
 from devproc.ports import Entropy
+from devproc.record import record
 from devproc.virtio.device import TransportState, VirtioDevice, virtio_tables
 
 FILL_MAX: Final = 65536
 """Bytes that one chain is given at most; a driver that wants more asks again (5.4.6)."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VirtioRngState:
     transport: TransportState
 

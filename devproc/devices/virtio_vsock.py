@@ -11,7 +11,6 @@ import enum
 import re
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from struct import Struct
 from typing import Any, Final
@@ -19,6 +18,7 @@ from typing import Any, Final
 from devproc import state
 from devproc.catalog import VSOCK
 from devproc.ports import Exchange, Line
+from devproc.record import record
 from devproc.regs import Register
 from devproc.virtio.chain import Chain, Span, part
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
@@ -60,7 +60,7 @@ NOBODY: Final = -1, -1
 """The key of a connection whose host program has not yet said whom it wants."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VirtioVsockState:
     """`interrupted`: there were connections, which the driver is to be told are no more."""
 

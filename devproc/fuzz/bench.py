@@ -19,6 +19,7 @@ from devproc.fuzz.guest import Guest
 from devproc.fuzz.inputs import CLOCK_START_NS, RECORD, REPEATS_MAX, WALL_START_NS, Op
 from devproc.fuzz.recording import python_queues
 from devproc.ports import Device
+from devproc.record import is_record
 from kvmcore.memory import GuestMemory
 
 EDGES_MAX: Final = 16
@@ -500,14 +501,14 @@ class _Snapshot:
         elif kind in _FIXED:
             return
         elif isinstance(getattr(item, "__dict__", None), dict) and not callable(item):
-            self._keep(item.__dict__)
+            if not is_record(kind):
+                self._keep(item.__dict__)
             yield from item.__dict__.values()
             return
         else:
             for name in getattr(kind, "__slots__", ()):
                 value = getattr(item, name, None)
-                if not _frozen(kind):
-                    self._slots.append((item, name, value))
+                self._slots.append((item, name, value))
                 yield value
             return
         self.extent += len(item)  # type: ignore[arg-type]
@@ -539,8 +540,3 @@ class _Snapshot:
             members.update(they)
         for item, name, value in self._slots:
             setattr(item, name, value)
-
-
-def _frozen(kind: type[Any]) -> bool:
-    params = getattr(kind, "__dataclass_params__", None)
-    return params is not None and bool(params.frozen)

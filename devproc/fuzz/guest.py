@@ -10,13 +10,13 @@ at until RESTART.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
 from typing import Any, Final
 
 from devproc.driver import NotReady, PciDriver, SplitDriver
 from devproc.fuzz.finding import Finding
 from devproc.fuzz.inputs import Twist, sizes
 from devproc.ports import Device
+from devproc.record import replace
 from devproc.virtio import spec
 from devproc.virtio.chain import Span
 from devproc.virtio.device import TransportState
@@ -162,8 +162,9 @@ class Guest:
         self._check_bar()
         state = _state(self._model)
         if state != self._fresh:
-            names = (f.name for f in fields(state))
-            changed = [name for name in names if getattr(state, name) != getattr(self._fresh, name)]
+            changed = [
+                name for name in state.__match_args__ if getattr(state, name) != getattr(self._fresh, name)
+            ]
             raise Finding("reset", f"not as in a new device: {', '.join(changed)}")
         try:
             self._start(choice, 1 << shift)

@@ -10,12 +10,12 @@ are the supervisor's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Final
 
 from devproc.catalog import Virtio
 from devproc.ports import Kick, Say, Signal
+from devproc.record import record, replace
 from devproc.regs import Model, Register, Table
 from devproc.state import U8, U16, U64, Length, Range
 from devproc.virtio import spec
@@ -36,17 +36,23 @@ _QUEUES_MAX: Final = 64
 _LOW: Final = 0xFFFF_FFFF
 
 
-@dataclass
 class _Setup:
-    """What the driver has written of one queue."""
+    """What the driver has written of one queue; `areas`: descriptor, driver, device."""
 
-    size: int
-    vector: int = spec.MSI_NO_VECTOR
-    enabled: bool = False
-    areas: list[int] = field(default_factory=lambda: [0, 0, 0])  # descriptor, driver, device
+    def __init__(
+        self,
+        size: int,
+        vector: int = spec.MSI_NO_VECTOR,
+        enabled: bool = False,
+        areas: Sequence[int] = (0, 0, 0),
+    ) -> None:
+        self.size = size
+        self.vector = vector
+        self.enabled = enabled
+        self.areas = [*areas]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class QueueState:
     """`position` is None while there is no queue: before DRIVER_OK, or not enabled."""
 
@@ -59,7 +65,7 @@ class QueueState:
     position: U16 | None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TransportState:
     """The part of a device's state that all have; a model's own state dataclass has it as a field."""
 

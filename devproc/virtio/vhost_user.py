@@ -12,11 +12,11 @@ across save and restore, after which the function needs a reset.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 from devproc import state
 from devproc.ports import BackEnd, Clock, Shared, SharedKick, SharedSignal
+from devproc.record import record, replace
 from devproc.vhost.message import (
     F_PROTOCOL_FEATURES,
     Header,
@@ -39,7 +39,7 @@ STOP_NS: Final = 10_000_000_000
 _SPLIT_START, _PACKED_START = 0, 0x8000_8000  # of a packed ring both wrap counters are 1
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VhostUserState:
     transport: TransportState
 

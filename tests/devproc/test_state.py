@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
@@ -11,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devproc import state
+from devproc.record import record
 from devproc.state import I64, U8, Length
 
 
-@dataclass(frozen=True)
+@record
 class Inner:
     level: bool
     value: U8
 
 
-@dataclass(frozen=True)
+@record
 class Outer:
     fifo: Annotated[bytes, Length(0, 4)]
     due_ns: I64 | None

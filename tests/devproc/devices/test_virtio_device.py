@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from devproc import state
 from devproc.catalog import Virtio, virtio_entry
 from devproc.driver import NotReady, PackedDriver, PciDriver, SplitDriver
-from devproc.record import replace
+from devproc.record import record, replace
 from devproc.regs import Register
 from devproc.virtio import spec
 from devproc.virtio.device import BATCH, TransportState, VirtioDevice, virtio_tables
@@ -27,7 +26,7 @@ V1 = spec.F_VERSION_1
 EVERY_RING = spec.F_INDIRECT_DESC | spec.F_EVENT_IDX | spec.F_RING_PACKED
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class EchoState:
     transport: TransportState
 
