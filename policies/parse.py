@@ -20,7 +20,8 @@ action other than 1 and return.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
@@ -106,7 +107,11 @@ def _fail(place: Place, message: str) -> NoReturn:
     raise PolicyError([Diagnostic(place, message)])
 
 
-def _statements(text: str, file: str, found: list[Diagnostic]) -> Iterator[_Statement]:
+@lru_cache(maxsize=4)
+def _statements(text: str, file: str) -> tuple[tuple[_Statement, ...], tuple[Diagnostic, ...]]:
+    """What a file says, and what is wrong with its lines; kept, as all policies include the same."""
+    statements: list[_Statement] = []
+    found: list[Diagnostic] = []
     tokens: list[_Token] = []
     above: list[str] = []
     lines = text.split("\n")
@@ -114,28 +119,29 @@ def _statements(text: str, file: str, found: list[Diagnostic]) -> Iterator[_Stat
         comment = ""
         continued = line.endswith("\\")
         for m in _TOKEN.finditer(line.removesuffix("\\")):
+            kind = m.lastgroup
+            if kind == "space":
+                continue
             place = Place(file, at, m.start() + 1, len(m[0]), line)
-            match m.lastgroup:
-                case "space":
-                    pass
-                case "comment":
-                    comment = m[0].lstrip("#").strip()
-                    if continued:
-                        message = "the line below is a rule to minijail's compiler, a comment to its library"
-                        found.append(Diagnostic(place, f"a comment may not end in \\: {message}"))
-                case kind:
-                    tokens.append(_Token(str(kind), m[0], place))
+            if kind == "comment":
+                comment = m[0].lstrip("#").strip()
+                if continued:
+                    message = "the line below is a rule to minijail's compiler, a comment to its library"
+                    found.append(Diagnostic(place, f"a comment may not end in \\: {message}"))
+            else:
+                tokens.append(_Token(str(kind), m[0], place))
         if continued and at < len(lines):
             continue
         if continued:
             found.append(Diagnostic(Place(file, at, len(line), 1, line), "nothing follows this \\"))
         if tokens:
-            yield _Statement(tokens, comment or " ".join(above))
+            statements.append(_Statement(tokens, comment or " ".join(above)))
             tokens, above = [], []
         elif comment:
             above.append(comment)
         else:
             above = []
+    return tuple(statements), tuple(found)
 
 
 class _Reader:
@@ -148,7 +154,9 @@ class _Reader:
         self._final: dict[str, Rule] = {}
 
     def file(self, text: str, file: str, included: bool) -> None:
-        for statement in _statements(text, file, self.found):
+        statements, found = _statements(text, file)
+        self.found += found
+        for statement in statements:
             try:
                 self._statement(statement, included)
             except PolicyError as e:
