@@ -1,7 +1,7 @@
 """What the process that hears a front end has done for it: one question, one answer, in frames of one socket.
 
 The process that asks is sealed and parses what a hostile front end says (supervisor/frontend.py); the other
-one starts the device's (supervisor/worker.py).  A question is a dataclass of `devproc.state`, whose every
+one starts the device's (supervisor/worker.py).  A question is a record of `devproc.state`, whose every
 value is checked again, and descriptors; the answer is another.
 """
 
@@ -11,11 +11,11 @@ import array
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 from devproc import state
 from devproc.catalog import CATALOG
+from devproc.record import record
 from devproc.state import U8, U16, U64, Length
 from devproc.vhost.message import CONFIG_MAX, REGIONS_MAX, Memory, MemoryRegion
 from supervisor.worker import NotAccepted, Vring, Worker
@@ -29,7 +29,7 @@ _INT_SIZE: Final = array.array("i").itemsize
 Bytes = Annotated[bytes, Length(0, CONFIG_MAX)]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Region:
     """A `MemoryRegion`, of which a descriptor comes along."""
 
@@ -39,7 +39,7 @@ class Region:
     mmap_offset: U64
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ring:
     """A `Vring`, of which the kick comes along, and then the call if it has one."""
 
@@ -52,7 +52,7 @@ class Ring:
     has_call: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Serve:
     """`Worker.serve`; answered by `Done` or `Refused`."""
 
@@ -61,19 +61,19 @@ class Serve:
     rings: Annotated[tuple[Ring, ...], Length(1, VRINGS_MAX)]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Halt:
     """`Worker.halt`; answered by `Positions`."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Left:
     """The front end has gone, and `why` if we sent it away; answered by `Done`."""
 
     why: Annotated[bytes, Length(0, TEXT_MAX)]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReadConfig:
     """`Worker.read_config`; answered by `Config`."""
 
@@ -81,7 +81,7 @@ class ReadConfig:
     size: U16
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WriteConfig:
     """`Worker.write_config`; answered by `Done`."""
 
@@ -89,30 +89,30 @@ class WriteConfig:
     data: Bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Done:
     """It is done."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Refused:
     """`NotAccepted`."""
 
     why: Annotated[bytes, Length(0, TEXT_MAX)]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Position:
     index: U8
     position: U16
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Positions:
     rings: Annotated[tuple[Position, ...], Length(0, VRINGS_MAX)]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Config:
     data: Bytes
 
