@@ -104,9 +104,9 @@ class Context:
         mode: how much jail.
         fds: the descriptors of slots 2.., wherever they are now.
         filters: the two seccomp programs, `policies.compile.compile_notify`; None in mode "none".
+        await_ids: device only: waits until its ids have been mapped from outside, or raises OSError.
         params: the entry's parameters, of which one may be a limit.
         pid: the process as the zygote sees it, 0 in that process; None while there is none.
-        unmapped: device only: the error number why its user namespace has no ids, 0 if it has.
         control: device only: the control channel, once the slots are filled.
         namespaced: whether "namespaces" succeeded; steps that would otherwise act on the host ask.
         notes: (logging level, text) of what did not go as asked, for the control channel.
@@ -118,15 +118,16 @@ class Context:
         mode: Mode,
         fds: Sequence[int],
         filters: tuple[bytes, bytes] | None,
+        await_ids: Callable[[], None],
         params: Params | None = None,
     ) -> None:
         self.entry = entry
         self.mode = mode
         self.fds = fds
         self.filters = filters
+        self.await_ids = await_ids
         self.params = params or {}
         self.pid: int | None = None
-        self.unmapped = 0
         self.control: Channel | None = None
         self.namespaced = False
         self.notes: list[tuple[int, str]] = []
@@ -180,7 +181,7 @@ def fork(ctx: Context) -> int:
     It is the zygote's sibling, a child of the supervisor.
 
     Raises:
-        JailError: it cannot have namespaces of its own, except in mode "best-effort".
+        JailError: no namespaces of its own, or in it no ids, except in mode "best-effort".
         OSError: there is no process to be had.
     """
     enter(plan(ctx.mode, "zygote", ctx.entry.without), ctx)
@@ -194,13 +195,13 @@ def _namespaces(ctx: Context) -> None:
         os.setgroups([])  # setgroups is denied for good inside; an ordinary user cannot drop groups at all
     ctx.pid = syscalls.clone(syscalls.CLONE_PARENT | _NAMESPACES)
     ctx.namespaced = True
+    if ctx.pid == 0:
+        ctx.await_ids()
 
 
 def _identity(ctx: Context) -> None:
     if not ctx.namespaced:
         raise JailError("identity", "there is no user namespace whose id could be taken")
-    if ctx.unmapped:
-        raise OSError(ctx.unmapped, f"mapping the ids: {os.strerror(ctx.unmapped)}")
     # Uid 0 does not exist here, so this drops no capability: the mounts still need them.
     os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
     os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)

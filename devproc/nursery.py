@@ -12,6 +12,7 @@ space layout.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -21,9 +22,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
 from devproc import child, jail, syscalls
-from devproc.catalog import CATALOG, FD_LOG, Entry, shared_directory
+from devproc.catalog import CATALOG, FD_CONTROL, FD_LOG, Entry, shared_directory
 from devproc.channel import FDS_MAX, Channel, ChannelClosed
-from devproc.wire import SPAWN_TABLE, Failed, Sender, Spawn, Spawned
+from devproc.wire import SPAWN_TABLE, TEXT_MAX, Failed, Sender, Spawn, Spawned, encode
 from devproc.zygote import Filters, SpawnError
 from policies.compile import compile_notify
 from policies.parse import load
@@ -163,20 +164,40 @@ def _spawn(
     if len(fds) != expected:
         raise SpawnError(f"{len(fds)} descriptors, expected {expected}")
 
-    ctx = jail.Context(entry, mode, fds, cache.get(entry.name), params)
     mapped, told = os.pipe()
+
+    def await_ids() -> None:
+        os.close(told)
+        word = os.read(mapped, _ERRNO.size)
+        err = _ERRNO.unpack(word)[0] if word else errno.ESRCH  # the zygote is gone
+        if err:
+            raise OSError(err, f"mapping the ids: {os.strerror(err)}")
+
+    ctx = jail.Context(entry, mode, fds, cache.get(entry.name), await_ids, params)
     try:
-        if jail.fork(ctx) == 0:
-            _device(ctx, model, request.name, mapped, told, program)
-        assert ctx.pid is not None
+        pid = jail.fork(ctx)
+        if pid == 0:
+            program.main(ctx, model, request.name)
         ids = _ids(entry, request.host_id, fds)
-        os.write(told, _ERRNO.pack(_map_ids(ctx.pid, *ids) if ctx.namespaced else 0))
-    except jail.JailError as e:
-        raise SpawnError(str(e)) from e
+        os.write(told, _ERRNO.pack(_map_ids(pid, *ids) if ctx.namespaced else 0))
+    except BaseException as e:
+        if ctx.pid == 0:
+            _give_up(fds[FD_CONTROL - FD_LOG], e)
+        if isinstance(e, jail.JailError):
+            raise SpawnError(str(e)) from e
+        raise
     finally:
         os.close(mapped)
         os.close(told)
-    return ctx.pid
+    return pid
+
+
+def _give_up(control: int, why: BaseException) -> NoReturn:
+    """In a device process that cannot even begin."""
+    try:
+        socket.socket(fileno=control).send(encode(Failed(str(why)[:TEXT_MAX])))
+    finally:
+        os._exit(1)
 
 
 def _ids(entry: Entry, host_id: int, fds: Sequence[int]) -> tuple[int, int]:
@@ -201,17 +222,3 @@ def _map_ids(pid: int, uid: int, gid: int) -> int:
     except OSError as e:
         return e.errno or 0
     return 0
-
-
-def _device(
-    ctx: jail.Context, model: type[Any], name: str, mapped: int, told: int, program: Program
-) -> NoReturn:
-    """The device's process, from its birth on."""
-    try:
-        os.close(told)
-        word = os.read(mapped, _ERRNO.size)
-        if word:  # otherwise the zygote is gone
-            (ctx.unmapped,) = _ERRNO.unpack(word)
-            program.main(ctx, model, name)
-    finally:
-        os._exit(0)

@@ -256,7 +256,7 @@ def test_an_unknown_device_is_refused(supervisor: Any) -> None:
 
 def test_an_id_that_may_not_be_mapped_is_an_error_that_names_the_step() -> None:
     remote = start("user")
-    with pytest.raises(RuntimeError, match=r"stolen: jail: namespaces: .*Operation not permitted"):
+    with pytest.raises(RuntimeError, match=r"jail: namespaces: .*Operation not permitted"):
         remote("spawn", "hostile", "stolen", host_id=HOST_ID)
     remote.close()
 

@@ -23,7 +23,7 @@ def errno_after(steps: tuple[str, ...], attempt: Callable[[], object]) -> int:
     if pid == 0:
         result = 255
         try:
-            ctx = Context(CATALOG["rtc"], Mode.FULL, [], None)
+            ctx = Context(CATALOG["rtc"], Mode.FULL, [], None, lambda: None)
             for name in steps:
                 STEPS[name].apply(ctx)
             attempt()

@@ -14,7 +14,7 @@ ENTRY = CATALOG["serial"]
 
 
 def context(mode: Mode) -> Context:
-    return Context(ENTRY, mode, [], None)
+    return Context(ENTRY, mode, [], None, lambda: None)
 
 
 def fails(ctx: Context) -> None:
