@@ -76,6 +76,7 @@ def main(
 ) -> NoReturn:
     """The zygote, from its fork on; `fd` is its channel, `parent` the supervisor's pid."""
     gc.freeze()  # as below: what is here is the supervisor's
+    gc.disable()  # what is imported stays, so looking for what does not is a waste
     os.setsid()  # out of reach of the terminal's Ctrl-C and Ctrl-Z
     jail.die_with_parent()
     if os.getppid() != parent:  # it died before the line above
@@ -97,6 +98,7 @@ def main(
     # Objects that exist now are moved out of the collector's sight: it would write to their pages, and every
     # page written to is one a device process no longer shares (a third of the memory per device without it).
     gc.freeze()
+    gc.enable()
     if mode is jail.Mode.FULL:
         jail.confine_zygote(any(shared_directory(CATALOG[kind]) is not None for kind in kinds))
     sock = socket.socket(fileno=_SOCKET)

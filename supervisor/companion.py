@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -40,6 +41,7 @@ class Companion:
         pid = os.fork()
         if pid == 0:
             try:
+                gc.freeze()  # or it would write to all that it shares with the supervisor
                 _stand_apart(name, {theirs.fileno(), *keep})
                 serve(theirs)
             finally:
