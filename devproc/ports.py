@@ -287,6 +287,9 @@ class Device(Protocol):
     def write(self, space: int, offset: int, size: int, data: int) -> None:
         """A guest write of the low `size` bytes of `data`."""
 
+    def writes(self, space: int, offset: int, data: bytes) -> None:
+        """As many writes of a byte, one after the other, as `data` has."""
+
     @property
     def shadows(self) -> Mapping[int, Callable[[], int | None]]:
         """Offsets in Space.PORT, and what a read of the byte gives; None while it changes anything."""

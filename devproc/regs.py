@@ -21,6 +21,8 @@ from devproc.wire import Space
 INDEXED: Final = len(Space)
 """The space of a table behind an index and data register: no guest access names it directly."""
 
+BYTES: Final = [bytes([i]) for i in range(256)]
+
 Access = Literal["RW", "RO", "WO", "W1C"]
 Reader = Callable[[], int]
 Writer = Callable[[int], None]
@@ -37,7 +39,8 @@ class Register:
     `write_NAME(data)` are the register; with `via` they are `read_VIA(offset)` and
     `write_VIA(offset, data)`, shared by the registers of a group.  `when` names the bank in which the
     register is visible; "" is every bank.  `shadow`: `shadow_NAME() -> int | None` is what `read_NAME` would
-    return while it changes nothing, else None; the guest may then be answered without the device.
+    return while it changes nothing, else None; the guest may then be answered without the device.  `run`:
+    `write_NAME` takes bytes, each of which was written in its turn.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Register:
     via: str = ""
     when: str = ""
     shadow: bool = False
+    run: bool = False
 
     @property
     def writable(self) -> int:
@@ -74,9 +78,12 @@ class Table:
 
 
 class _Bank:
-    """The dispatch of one bank: per byte offset, and per (offset, size) for whole wide registers."""
+    """The dispatch of one bank: per byte offset, and per (offset, size) for whole wide registers.
 
-    __slots__ = ("read", "read_whole", "table", "write", "write_whole")
+    `run`: bytes written one after the other at the same offset.
+    """
+
+    __slots__ = ("read", "read_whole", "run", "table", "write", "write_whole")
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -84,6 +91,7 @@ class _Bank:
         self.write: dict[int, Writer] = {}
         self.read_whole: dict[tuple[int, int], Reader] = {}
         self.write_whole: dict[tuple[int, int], Writer] = {}
+        self.run: dict[int, Callable[[bytes], None]] = {}
 
 
 class Model:
@@ -163,6 +171,14 @@ class Model:
         for i in range(size):
             self.write(space, offset + i, 1, data >> (8 * i))
 
+    def writes(self, space: int, offset: int, data: bytes) -> None:
+        run = self._now[space].run.get(offset)
+        if run is not None:
+            run(data)
+            return
+        for byte in data:
+            self.write(space, offset, 1, byte)
+
     @property
     def deadline_ns(self) -> int | None:
         return None
@@ -233,7 +249,10 @@ class Model:
         if not r.stored:
             method = getattr(self, f"write_{r.via or r.name}")
             writer = partial(method, r.offset) if r.via else method
-            if r.size == 1:
+            if r.run:
+                bound.run[r.offset] = method
+                bound.write[r.offset] = partial(_write_one, method)
+            elif r.size == 1:
                 bound.write[r.offset] = writer
             else:
                 bound.write_whole[r.offset, r.size] = writer
@@ -255,6 +274,10 @@ class Model:
             self.stored[r.name] = (old & ~r.mask) | (data & r.mask)
         if hook is not None:
             hook(data)
+
+
+def _write_one(method: Callable[[bytes], None], data: int) -> None:
+    method(BYTES[data])
 
 
 def _byte_of(whole: Reader, shift: int) -> int:
@@ -282,6 +305,8 @@ def _check_layout(model: str, table: Table) -> None:
             raise TypeError(
                 f"{model}.{r.name}: only a byte of the port space that is always read-only has a shadow"
             )
+        if r.run and (r.size, r.access, r.stored, r.via) != (1, "WO", False, ""):
+            raise TypeError(f"{model}.{r.name}: only a byte that is only written, and not kept, takes runs")
         if (r.mask | r.reset) >> 8 * r.size:
             raise TypeError(f"{model}.{r.name}: mask or reset value is wider than the register")
         for verb in _verbs(r):

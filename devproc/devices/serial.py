@@ -15,7 +15,7 @@ from typing import Annotated, Final
 from devproc import state
 from devproc.ports import Clock, Input, Output, Signal
 from devproc.record import record
-from devproc.regs import Model, Register, Table
+from devproc.regs import BYTES, Model, Register, Table
 from devproc.state import U8, Length, Range
 from devproc.wire import Space
 
@@ -42,8 +42,6 @@ IIR_OF: Final = [next((iir for bit, iir in PRIORITY if causes & bit), IIR_NONE) 
 # driver resets the FIFO, looks once or twice for each byte.
 UNTOUCHED, OFF, ON = 0, 1, 2
 POLLS: Final = 16
-
-BYTES: Final = [bytes([i]) for i in range(256)]
 
 
 @record
@@ -98,7 +96,7 @@ class Serial(Model):
             8,
             (
                 Register("RBR", 0, "RO", "receiver buffer", "8.0", when="DLAB=0"),
-                Register("THR", 0, "WO", "transmitter holding", "8.0", when="DLAB=0"),
+                Register("THR", 0, "WO", "transmitter holding", "8.0", when="DLAB=0", run=True),
                 Register("IER", 1, "RW", "interrupt enable", "8.7", mask=0x0F, when="DLAB=0"),
                 Register("DLL", 0, "RW", "divisor latch, low", "8.3", stored=True, when="DLAB=1"),
                 Register("DLM", 1, "RW", "divisor latch, high", "8.3", stored=True, when="DLAB=1"),
@@ -137,7 +135,7 @@ class Serial(Model):
         self._flow = UNTOUCHED
         self._looks = 0
         self._counts = {"rx_bytes": 0, "tx_bytes": 0, "tx_lost": 0, "overruns": 0, "interrupts": 0}
-        input.listen(lambda: self.wants_input, self.on_input)
+        input.listen(self.wants_input, self.on_input)
         output.listen(self.on_output)
 
     # -- registers
@@ -151,19 +149,24 @@ class Serial(Model):
         self._refresh()
         return byte
 
-    def write_THR(self, data: int) -> None:
+    def write_THR(self, data: bytes) -> None:
+        loop = self.stored["MCR"] & MCR_LOOP
+        if loop and len(data) > 1:  # what one does comes before the next
+            for byte in data:
+                self.write_THR(BYTES[byte])
+            return
         self._looks = 0
         self._thre = False
         self._line &= ~THRE  # INTR falls here, so that its next rise is an edge
-        if self.stored["MCR"] & MCR_LOOP:
-            self._receive(BYTES[data])
-        elif self._tx or not self._output.write(BYTES[data]):
-            if len(self._tx) < self._depth():
-                self._tx.append(data)
-            else:
-                self._counts["tx_lost"] += 1
+        if loop:
+            self._receive(data)
         else:
-            self._counts["tx_bytes"] += 1
+            sent = 0 if self._tx else self._output.write(data)
+            self._counts["tx_bytes"] += sent
+            if sent < len(data):
+                kept = data[sent:][: self._depth() - len(self._tx)]
+                self._tx += kept
+                self._counts["tx_lost"] += len(data) - sent - len(kept)
         self._sent = not self._tx and bool(self._ier & IER_ETBEI)
 
     def read_IER(self) -> int:
@@ -246,14 +249,13 @@ class Serial(Model):
             self._cti = True
         self._refresh()
 
-    @property
     def wants_input(self) -> bool:
         """Whether it takes a byte now."""
         return self._flow == ON and len(self._rx) < self._depth()
 
     def on_input(self) -> None:
         """There may be input; take what fits."""
-        if self.wants_input and (data := self._input.read(self._depth() - len(self._rx))):
+        if self.wants_input() and (data := self._input.read(self._depth() - len(self._rx))):
             self._receive(data)
 
     def on_output(self) -> None:

@@ -35,7 +35,7 @@ BUGS: Final = {
     "fifo-one-too-deep": Bug(
         "serial",
         "exception",
-        (("if len(self._tx) < self._depth():", "if len(self._tx) <= self._depth():"),),
+        (("[: self._depth() - len(self._tx)]", "[: self._depth() + 1 - len(self._tx)]"),),
         "room 0; write PORT 0x0 1 0x41; repeat 2; save",
     ),
     "fifo-without-end": Bug(

@@ -181,6 +181,8 @@ def test_stored_values_a_guest_cannot_have_made_are_refused(
         ((constant("X", 0, size=2, mask=0xFFFF, shadow=True),), "only a byte"),
         ((constant("X", 0, when="A", shadow=True),), "only a byte"),
         ((Register("X", 0, "RW", "", "", shadow=True),), "only a byte"),
+        ((Register("X", 0, "RW", "", "", stored=True, run=True),), "takes runs"),
+        ((Register("X", 0, "WO", "", "", size=2, run=True),), "takes runs"),
         ((constant("X", 8),), "outside"),
         ((constant("X", 7, size=2),), "outside"),
         ((constant("X", 0, mask=0x100),), "wider"),

@@ -87,6 +87,22 @@ def test_what_each_of_a_kind_would_find_out_is_found_out_as_it_is_loaded(bench: 
     assert [cached.cache_info().misses for cached in caches] == found_out
 
 
+@every_device
+@relaxed
+@given(script=scripts, space=spaces, offset=st.integers(0, 7) | far, data=st.binary(min_size=1, max_size=64))
+def test_a_run_of_writes_is_as_each_of_them(
+    bench: Any, name: str, script: Any, space: int, offset: int, data: bytes
+) -> None:
+    first = bench(name)
+    play(first, script)
+    second = first.fork()
+    first.model.writes(space, offset, data)
+    for byte in data:
+        second.model.write(space, offset, 1, byte)
+    assert (first.model.save(), first.edges, first.sent) == (second.model.save(), second.edges, second.sent)
+    assert play(first, script) == play(second, script)
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if CATALOG[n].module == "devproc.devices.serial"])
 @relaxed
 @given(script=scripts)

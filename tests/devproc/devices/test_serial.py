@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from devproc.devices.serial import POLLS
+from devproc.wire import Space
 
 RBR = THR = DLL = 0
 IER = DLM = 1
@@ -123,6 +124,25 @@ def test_output_that_fills_up_loses_what_does_not_fit(up: Any) -> None:
     assert up.sent == bytes(range(16))
 
 
+def test_a_run_is_lost_and_counted_as_each_byte_of_it(up: Any) -> None:
+    """Threat 1."""
+    up.room = 3
+    up.model.writes(Space.PORT, THR, bytes(range(64)))
+    up.model.writes(Space.PORT, THR, b"more")
+    assert up.model.counters()["tx_lost"] == 64 - 3 - 16 + 4
+    up.drain(1000)
+    assert up.sent == bytes(range(19))
+    assert up.model.counters()["tx_bytes"] == 19
+
+
+def test_a_looped_run_interrupts_as_each_byte_of_it(up: Any) -> None:
+    up.outb(MCR, RTS | OUT2 | LOOP)
+    up.outb(IER, 0x05)
+    up.model.writes(Space.PORT, THR, bytes(range(17)))
+    assert up.inb(LSR) & 0x02
+    assert [up.inb(RBR) for _ in range(16)] == [*range(16)]
+
+
 def test_without_fifos_one_byte_waits(com: Any) -> None:
     com.room = 0
     com.outb(THR, 1)
@@ -154,7 +174,7 @@ def test_a_guest_that_never_reads_leaves_the_rest_on_the_host(up: Any) -> None:
     """Threat 2."""
     up.type(bytes(range(100)))
     assert len(up.typed) == 84
-    assert not up.model.wants_input
+    assert not up.model.wants_input()
     received = []
     for _ in range(100):
         received.append(up.inb(RBR))
