@@ -41,16 +41,17 @@ class Output(Watched):
 
     def write(self, data: bytes) -> int:
         """Queue up to `room` bytes of `data`; returns how many were taken."""
-        taken = min(self.room, len(data))
-        self._buffer += data if taken == len(data) else data[:taken]
-        return taken
+        if len(data) > self.room:
+            data = data[: self.room]
+        self._buffer += data
+        return len(data)
 
     def on_writable(self, idle: bool) -> None:
         # While accesses keep coming a console's bytes are gathered: a write costs as much as one.
-        if idle or self.pending >= WRITE_MAX:
-            full = not self.room
+        pending = len(self._buffer)
+        if idle or pending >= WRITE_MAX:
             self.flush()
-            if full and self.room:
+            if pending == BUFFER_MAX and self.room:
                 self._on_room()
 
     def flush(self) -> None:
