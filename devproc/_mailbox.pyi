@@ -2,19 +2,22 @@
 
 from collections.abc import Callable
 
+from devproc.ports import Device, Watched
+
 class End:
     def __new__(
         cls,
         page: int,
         bell: int,
         sizes: dict[int, int],
-        slots: int,
+        channels: tuple[int, ...],
+        watched: tuple[tuple[int, Watched, bool, bool], ...],
+        device: Device,
+        clock: Callable[[], int],
+        writes: Callable[[int, int, bytes], None] | None,
         shadows: tuple[tuple[int, Callable[[], int | None]], ...],
     ) -> End: ...
-    def serve(
-        self, read: Callable[[int, int, int], int], write: Callable[[int, int, int, int], None], most: int
-    ) -> int | None: ...
-    def hide(self) -> None: ...
+    def serve(self) -> bool | None: ...
     def wait(self, timeout_ns: int | None) -> bool: ...
-    def watch(self, slot: int, fd: int, events: int) -> None: ...
-    def ready(self, slot: int) -> int: ...
+    def is_readable(self, channel: int) -> bool: ...
+    def ready(self) -> list[tuple[Watched, bool, bool]]: ...

@@ -237,7 +237,7 @@ class Server:
         sources = {**host, "log": self._say}
         self.device: Device = model(**ports, **{s: sources[s] for s in entry.sources})
         channels = (access.fileno(), control.fileno())
-        self._mailbox = Mailbox(*mailbox, self._sizes, channels, self._watched, self.device.shadows)
+        self._mailbox = Mailbox(*mailbox, self._sizes, channels, self._watched, self.device, self._now)
 
     def serve(self) -> None:
         """Serve until `Stop`.
@@ -248,23 +248,13 @@ class Server:
             HostError: the host's end of a port is gone.
             Exception: whatever a model raises is our bug.
         """
-        device, mailbox = self.device, self._mailbox
+        device, mailbox, clock = self.device, self._mailbox, self._now
         access, control = self._access.fileno(), self._control.fileno()
         while True:
+            busy = mailbox.serve()
             due = device.deadline_ns
-            timeout_ns = None
-            if due is not None:
-                now = self._now()
-                if now >= due:
-                    mailbox.hide()
-                    device.on_deadline(now)
-                    due = device.deadline_ns
-                timeout_ns = None if due is None else max(0, due - now)
-            ready = mailbox.wait(timeout_ns)
-            busy = mailbox.serve(device, _BURST) > 0
-            if not ready:
-                continue
-            mailbox.hide()
+            if due is not None and (now := clock()) >= due:
+                device.on_deadline(now)
             if mailbox.is_readable(access):
                 self._serve_accesses()
                 busy = True

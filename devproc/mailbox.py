@@ -5,15 +5,11 @@ Left out: the frames of devproc/wire.py, whose fields stand in the page as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from select import POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT
-from typing import Final
+from collections.abc import Mapping, Sequence
 
 from devproc._mailbox import End
-from devproc.ports import Device, Watched
+from devproc.ports import Clock, Device, Watched
 from devproc.wire import PeerError
-
-_FAILED: Final = POLLHUP | POLLERR | POLLNVAL  # found out by trying, whether to read or to write
 
 
 class Mailbox:
@@ -25,7 +21,8 @@ class Mailbox:
         sizes: of the register spaces that there are.
         channels: descriptors that are always waited for.
         watched: waited for as long as they want it.
-        shadows: the device's, as `ports.Device` has them.
+        device: who answers.
+        clock: for its deadline.
 
     Raises:
         OSError: the page cannot be mapped.
@@ -38,51 +35,44 @@ class Mailbox:
         sizes: Mapping[int, int],
         channels: Sequence[int],
         watched: Sequence[Watched],
-        shadows: Mapping[int, Callable[[], int | None]],
+        device: Device,
+        clock: Clock,
     ) -> None:
-        slots = len(channels) + len(watched)
-        self._end = End(page, bell, dict(sizes), slots, tuple(shadows.items()))
-        self._channels = {fd: slot for slot, fd in enumerate(channels)}
-        for fd, slot in self._channels.items():
-            self._end.watch(slot, fd, POLLIN)
-        self._watched = list(enumerate(watched, len(channels)))
-        self._wants = [0] * (len(channels) + len(watched))
+        # What a class has left as it is in the base need not be asked for after each access.
+        asked = tuple((w.fd, w, _has(w, "wants_read"), _has(w, "wants_write")) for w in watched)
+        # A recorder has none, and what it hands on to is not to be asked: it is to see each write.
+        writes = device.writes if hasattr(type(device), "writes") else None
+        shadows = tuple(device.shadows.items())
+        self._end = End(page, bell, dict(sizes), tuple(channels), asked, device, clock, writes, shadows)
+        self._channels = {fd: n for n, fd in enumerate(channels)}
 
-    def serve(self, device: Device, most: int) -> int:
-        """Have `device` answer up to `most` requests; returns how many there were.
+    def serve(self) -> bool:
+        """Have the device answer requests, until a descriptor is ready or its deadline may have passed.
 
-        Shadows are made right after the last one.
+        Returns whether a request came then, too, which it has answered.  The page has the shadows only until
+        this returns: what the device does next no request asks for.
 
         Raises:
             PeerError: one is for no register.
             OverflowError: the model's value does not fit.
         """
-        served = self._end.serve(device.read, device.write, most)
-        if served is None:
+        busy = self._end.serve()
+        if busy is None:
             raise PeerError("a request for no register")
-        return served
-
-    def hide(self) -> None:
-        """Take the shadows back, before the device does what no request asks for; `wait` has them again."""
-        self._end.hide()
+        return busy
 
     def wait(self, timeout_ns: int | None) -> bool:
         """Until there is a request, the timeout is over, or, which is true, a descriptor is ready."""
-        wants = self._wants
-        for slot, w in self._watched:
-            events = (POLLIN if w.wants_read else 0) | (POLLOUT if w.wants_write else 0)
-            if events != wants[slot]:
-                wants[slot] = events
-                self._end.watch(slot, w.fd, events)
         return self._end.wait(timeout_ns)
 
     def is_readable(self, channel: int) -> bool:
-        """Whether the last `wait` found something to read there."""
-        return bool(self._end.ready(self._channels[channel]))
+        """Whether there was something to read there."""
+        return self._end.is_readable(self._channels[channel])
 
-    def ready(self) -> Iterator[tuple[Watched, bool, bool]]:
-        """The watched that the last `wait` found ready, each with whether it is to be read, and written."""
-        for slot, w in self._watched:
-            if found := self._end.ready(slot):
-                wanted = self._wants[slot] if found & _FAILED else self._wants[slot] & found
-                yield w, bool(wanted & POLLIN), bool(wanted & POLLOUT)
+    def ready(self) -> list[tuple[Watched, bool, bool]]:
+        """The watched that were ready, each with whether it is to be read, and written."""
+        return self._end.ready()
+
+
+def _has(watched: Watched, name: str) -> bool:
+    return getattr(type(watched), name) is not getattr(Watched, name)

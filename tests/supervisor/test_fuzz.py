@@ -10,6 +10,7 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -225,13 +226,22 @@ def test_a_device_with_guest_memory_that_differs_behind_the_wire_is_a_finding(
 def test_what_differs_through_the_mailbox_alone_is_a_finding(
     device: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def serve(mailbox: Mailbox, device: Device, most: int) -> int:
-        def write(space: int, offset: int, size: int, data: int) -> None:
-            device.write(space, offset, size, data & 0xFE)
+    class Other:
+        def __init__(self, device: Device) -> None:
+            self._device = device
 
-        return mailbox._end.serve(device.read, write, most) or 0
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._device, name)
 
-    monkeypatch.setattr(Mailbox, "serve", serve)
+        def write(self, space: int, offset: int, size: int, data: int) -> None:
+            self._device.write(space, offset, size, data & 0xFE)
+
+    def init(mailbox: Mailbox, *args: Any) -> None:
+        *others, device, clock = args
+        made(mailbox, *others, Other(device), clock)
+
+    made: Any = Mailbox.__init__
+    monkeypatch.setattr(Mailbox, "__init__", init)
     with Campaign(Plan(device, crashes=tmp_path, mode=jail.Mode.NONE), nothing) as campaign:
         campaign.report(campaign.verdict(data), data)
         (finding,) = campaign.result.findings
