@@ -356,7 +356,8 @@ static uint32_t device_transact(struct device *d, struct mailbox_request *r, uin
     bool is_put = r->posted && d->mailbox && !gone && mailbox_put(d, r, &number);
     gone = is_put ? atomic_load(&d->gone) : transact_in_turn(d, r, value);
     atomic_fetch_add_explicit(r->tag == TAG_READ ? &d->reads : &d->writes, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&d->wait_ns, now_ns() - r->at_ns, memory_order_relaxed);
+    if (!is_put)
+        atomic_fetch_add_explicit(&d->wait_ns, now_ns() - r->at_ns, memory_order_relaxed);
     return gone;
 }
 
