@@ -221,7 +221,7 @@ def canonical(entry: Entry, data: bytes, *, recorded: bool = False) -> bytes:
         kept = _canonical(entry, r, recorded)
         if kept is not None:
             if kept.op in _WITH_BYTES:
-                found += chunks(pending)
+                found += chunks(pending if kept.op != Op.GAVE or kept.size == Gave.BYTES else b"")
                 pending = b""
             found.append(kept)
     return encode(found if recorded else found[:RECORDS_MAX])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from devproc.catalog import CATALOG
@@ -11,6 +11,7 @@ from devproc.fuzz.inputs import (
     RECORD,
     RECORDS_MAX,
     STIMULI,
+    Gave,
     InputError,
     Op,
     Record,
@@ -48,6 +49,7 @@ def rep(name: str, data: bytes) -> Rep:
 
 @pytest.mark.parametrize("name", NAMES)
 @relaxed
+@example(data=encode([*chunks(b"none"), Record(Op.GAVE, 0, Gave.NUMBER, 0, 0, 1)]), recorded=True)
 @given(data=some_records | st.binary(max_size=200), recorded=st.booleans())
 def test_any_bytes_are_an_input_that_its_text_gives_back(name: str, data: bytes, recorded: bool) -> None:
     entry = CATALOG[name]
