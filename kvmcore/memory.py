@@ -6,6 +6,7 @@ the file, which would kill the others with SIGBUS.  Left out: read-only regions 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -41,6 +42,10 @@ class GuestMemory:
         self.regions = tuple(sorted(regions))
         self.size = sum(r.size for r in self.regions)
         self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED | MAP_NORESERVE)
+        with contextlib.suppress(
+            OSError
+        ):  # a kernel without; if there are any is the host's to say
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
         self._lock = threading.Lock()
         self.fd = fd

@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from devproc import jail, syscalls, zygote
@@ -24,6 +25,8 @@ from supervisor.procstatus import ProcStatus
 from supervisor.spawn import host_id
 
 OFFERED: Final = "offered"
+NO_HUGE_PAGES: Final = ("never", "deny")
+_SHMEM: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _DEVICE: Final = "pci-host"  # the process whose jail is tried: it needs nothing but its channels
 _OWN_ID: Final = "own host uid"
 _NAMESPACES: Final = {
@@ -65,11 +68,12 @@ class JailReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found, as user `uid`."""
+    """What `examine` found, as user `uid`; `huge_pages` is the host's policy for those of shared memory."""
 
     uid: int
     kvm: KvmReport
     jail: JailReport
+    huge_pages: str
 
     @property
     def kvm_runs_stock_kernel(self) -> bool:
@@ -93,6 +97,7 @@ class Report:
                 "instructions": self.kvm.instructions,
                 "stock_kernel": self.kvm_runs_stock_kernel,
             },
+            "memory": {"huge_pages": self.huge_pages},
             "jail": {
                 "layers": self.jail.layers,
                 "lacking": list(self.jail.lacking),
@@ -117,6 +122,9 @@ class Report:
             lines.append(
                 f"  {'can' if why is None else 'cannot'} run a stock kernel" + (f": {why}" if why else "")
             )
+        lines.append(f"guest memory: huge pages: {self.huge_pages}")
+        if self.huge_pages in NO_HUGE_PAGES:
+            lines.append(f"  guests are faster with 'advise' in {_SHMEM}")
         lines.append(f"jail, as {'root' if self.uid == 0 else f'uid {self.uid}'}:")
         said = {step.name: f" ({step.describe(CATALOG[_DEVICE])})" for step in jail.STEPS}
         lines += [f"  {name}{said.get(name, '')}: {answer}" for name, answer in self.jail.layers.items()]
@@ -129,7 +137,17 @@ class Report:
 def examine() -> Report:
     """Try everything; takes a second or two.  Nothing that fails here raises: it is what the report says."""
     # The jail first: its zygote is to be forked, as in a real start, before /dev/kvm is opened.
-    return Report(uid=os.geteuid(), jail=_examine_jail(), kvm=_examine_kvm())
+    return Report(
+        uid=os.geteuid(), jail=_examine_jail(), kvm=_examine_kvm(), huge_pages=_examine_huge_pages()
+    )
+
+
+def _examine_huge_pages(path: Path = _SHMEM) -> str:
+    """The word in brackets of "always within_size [advise] never", and "never" for a kernel without."""
+    try:
+        return path.read_text(encoding="ascii").partition("[")[2].partition("]")[0]
+    except OSError:
+        return "never"
 
 
 def _examine_kvm(path: str = "/dev/kvm") -> KvmReport:

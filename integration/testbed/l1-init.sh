@@ -4,6 +4,7 @@ fail() { echo "l1: $*"; echo "FAIL $*" >&9; sleep 1000; }
 mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys
 while read -r module; do insmod "/modules/$module.ko" || echo "l1: insmod $module failed"; done < /modules/order
 echo 0 > /sys/module/kvm/parameters/halt_poll_ns     # polling L2's halts takes the core L2's wake-up needs
+echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled # 500 times fewer faults of L2
 for port in /sys/class/virtio-ports/*; do read -r name < "$port/name"; eval "PORT_$name=/dev/${port##*/}"; done
 exec 9<>"$PORT_control"
 read -r clock < /sys/devices/system/clocksource/clocksource0/current_clocksource

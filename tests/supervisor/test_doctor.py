@@ -12,7 +12,7 @@ from supervisor.doctor import JailReport, KvmReport, Report
 
 KVM = KvmReport(True, True, 12, {"KVM_CAP_IRQCHIP": 1, "KVM_CAP_PIT2": 1}, {"cpuid": OK, "int3": OK}, None)
 JAIL = JailReport({"namespaces": "offered", "landlock": "offered"}, (), 4)
-GOOD = Report(1000, KVM, JAIL)
+GOOD = Report(1000, KVM, JAIL, "advise")
 
 
 def with_kvm(**changes):
@@ -57,6 +57,18 @@ def test_an_absent_optional_extension_is_named():
     assert "KVM_CAP_PIT2: absent" in with_kvm(extensions={"KVM_CAP_IRQCHIP": 1, "KVM_CAP_PIT2": 0}).text()
 
 
+def test_a_host_without_huge_pages_is_told_what_they_are_good_for():
+    assert "shmem_enabled" not in GOOD.text()
+    assert "faster with 'advise'" in dataclasses.replace(GOOD, huge_pages="never").text()
+
+
+def test_the_policy_for_huge_pages_is_the_word_in_brackets(tmp_path):
+    policy = tmp_path / "shmem_enabled"
+    assert doctor._examine_huge_pages(policy) == "never"
+    policy.write_text("always within_size [advise] never deny force\n")
+    assert doctor._examine_huge_pages(policy) == "advise"
+
+
 def test_the_json_has_what_a_script_asks_for():
     found = json.loads(json.dumps(GOOD.as_json()))
     assert found["can_run"] is True
@@ -64,6 +76,7 @@ def test_the_json_has_what_a_script_asks_for():
     assert found["kvm"]["present"] is found["kvm"]["permitted"] is found["kvm"]["stock_kernel"] is True
     assert found["kvm"]["api_version"] == 12
     assert found["kvm"]["instructions"]["int3"] == "ok"
+    assert found["memory"]["huge_pages"] == "advise"
     assert found["jail"]["layers"]["namespaces"] == "offered"
 
 
