@@ -1,13 +1,13 @@
 """Loads an uncompressed x86-64 vmlinux: its PT_LOAD segments go to their physical addresses.
 
 System V ABI, ELF-64 object file format; the entry point of a Linux vmlinux is the physical address of
-startup_64 (arch/x86/kernel/vmlinux.lds.S), entered as a bzImage would enter it.  Left out: relocation,
-sections, PVH notes.
+startup_64 (arch/x86/kernel/vmlinux.lds.S), entered as a bzImage would enter it.  pyelftools is imported when
+the first ELF is loaded: it costs more than the rest of the start.  Left out: relocation, sections, PVH notes.
 """
 
 from __future__ import annotations
 
-import struct
+import os
 from typing import Final, NamedTuple
 
 from kvmcore import layout
@@ -15,9 +15,6 @@ from kvmcore.bootfile import BootFile, Memory
 from kvmcore.bootparams import Header, Kernel
 
 MAGIC: Final = b"\x7fELF"
-_EHDR: Final = struct.Struct("<16sHHIQQQIHHHHHH")  # Elf64_Ehdr
-_PHDR: Final = struct.Struct("<IIQQQQQQ")  # Elf64_Phdr: type flags offset vaddr paddr filesz memsz align
-_ELFCLASS64, _ELFDATA2LSB, _ET_EXEC, _EM_X86_64, _PT_LOAD = 2, 1, 2, 62, 1
 SEGMENTS_MAX: Final = 64  # a vmlinux has about five
 _LOWEST: Final = layout.BIOS_END  # below are boot structures and firmware tables
 
@@ -59,19 +56,21 @@ def load(file: BootFile, memory: Memory) -> Kernel:
 
 def _parse(file: BootFile) -> tuple[int, list[_Segment]]:
     """The entry point and the PT_LOAD segments that take memory, by address."""
-    header = _EHDR.unpack(file.read(0, _EHDR.size, "ELF header"))
-    ident, kind, machine, _, entry, table, _, _, _, entry_size, count, *_ = header
-    if (ident[4], ident[5], machine, kind) != (_ELFCLASS64, _ELFDATA2LSB, _EM_X86_64, _ET_EXEC):
-        raise file.error("expected an ELF64 little-endian x86-64 executable")
-    if count > SEGMENTS_MAX:
-        raise file.error(f"{count} segments, expected at most {SEGMENTS_MAX}")
-    if entry_size != _PHDR.size:
-        raise file.error(f"program headers of {entry_size} bytes, expected {_PHDR.size}")
-    segments = [
-        _Segment(gpa, gpa + memsz, offset, filesz)
-        for kind, _, offset, _, gpa, filesz, memsz, _ in _PHDR.iter_unpack(
-            file.read(table, count * _PHDR.size, "program headers")
-        )
-        if kind == _PT_LOAD and memsz
-    ]
+    from elftools.common.exceptions import ELFError  # noqa: PLC0415 (see the module's docstring)
+    from elftools.elf.elffile import ELFFile  # noqa: PLC0415
+
+    with os.fdopen(file.fd, "rb", closefd=False) as stream:
+        try:
+            image = ELFFile(stream)
+            kind = (image.elfclass, image.little_endian, image["e_machine"], image["e_type"])
+            if kind != (64, True, "EM_X86_64", "ET_EXEC"):
+                raise file.error("expected an ELF64 little-endian x86-64 executable")
+            if image.num_segments() > SEGMENTS_MAX:
+                raise file.error(f"{image.num_segments()} segments, expected at most {SEGMENTS_MAX}")
+            headers = [s.header for s in image.iter_segments("PT_LOAD") if s["p_memsz"]]
+            entry = image["e_entry"]
+        except (ELFError, OSError, ValueError, OverflowError) as e:
+            # All but the first from seeks to where no file reaches, which pyelftools leaves as they are.
+            raise file.error(f"not a sound ELF file: {e}") from None
+    segments = [_Segment(h.p_paddr, h.p_paddr + h.p_memsz, h.p_offset, h.p_filesz) for h in headers]
     return entry, sorted(segments)

@@ -21,6 +21,7 @@ IMPORTERS = {
     "msgpack": {"devproc/wire.py"},
     "pyseccomp": {"policies/crosscheck.py"},
     "prctl": {"devproc/jail.py"},
+    "elftools": {"kvmcore/elf.py"},
     "cffi": {"kvmcore/_build.py"},
     "kvmcore._core": {"kvmcore/exitloop.py"},
     "distributed": {"supervisor/fuzzcluster.py"},
