@@ -212,7 +212,7 @@ class SplitDriver(Driver):
 
     def descriptor(self, index: int, addr: int, size: int, flags: int, next: int = 0) -> None:
         """Write one descriptor of the table, whatever it says."""
-        _DESC.pack_into(self._descriptors, 16 * index, addr, size, flags, next)
+        self._descriptors[16 * index : 16 * index + 16] = _DESC.pack(addr, size, flags, next)
 
     def offer(self, head: int) -> None:
         """Put `head` into the available ring, whatever it is."""
@@ -252,7 +252,8 @@ class SplitDriver(Driver):
     def _reap(self) -> tuple[int, int] | None:
         if self._used_words[1] == self._seen:
             return None
-        id, written = _USED_ELEM.unpack_from(self._used, 4 + 8 * (self._seen % self.size))
+        at = 4 + 8 * (self._seen % self.size)
+        id, written = _USED_ELEM.unpack(self._used[at : at + 8])
         self._seen = (self._seen + 1) & 0xFFFF
         return id, written
 

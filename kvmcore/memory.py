@@ -42,9 +42,7 @@ class GuestMemory:
         self.regions = tuple(sorted(regions))
         self.size = sum(r.size for r in self.regions)
         self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED | MAP_NORESERVE)
-        with contextlib.suppress(
-            OSError
-        ):  # a kernel without; if there are any is the host's to say
+        with contextlib.suppress(OSError):  # a kernel without; if there are any is the host's to say
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
         self._lock = threading.Lock()

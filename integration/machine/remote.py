@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from devproc.wire import Space
 from integration.machine.conftest import Machine
@@ -94,8 +94,34 @@ class RemoteMemory:
     def copy_out(self, spans: Iterable[tuple[int, int]], limit: int) -> bytes:
         return b"".join(self.read(gpa, size) for gpa, size in spans)[:limit]
 
+    def views(self, spans: Iterable[tuple[int, int]]) -> list[RemoteView]:
+        return [RemoteView(self, gpa) for gpa, _ in spans]
+
     def fence(self) -> None:
         """A request is an exit, which is a fence."""
+
+
+class RemoteView:
+    """What the driver uses of a memoryview: slices of bytes, and `width` bytes as one item."""
+
+    def __init__(self, memory: RemoteMemory, gpa: int, width: int = 1) -> None:
+        self._memory = memory
+        self._gpa = gpa
+        self._width = width
+
+    def cast(self, kind: str) -> RemoteView:
+        return RemoteView(self._memory, self._gpa, struct.calcsize(kind))
+
+    def __getitem__(self, at: int | slice) -> Any:
+        if isinstance(at, slice):
+            return self._memory.read(self._gpa + at.start, at.stop - at.start)
+        return int.from_bytes(self._memory.read(self._gpa + self._width * at, self._width), "little")
+
+    def __setitem__(self, at: int | slice, value: Any) -> None:
+        if isinstance(at, slice):
+            self._memory.write(self._gpa + at.start, value)
+        else:
+            self._memory.write(self._gpa + self._width * at, value.to_bytes(self._width, "little"))
 
 
 class RemoteFunction:
