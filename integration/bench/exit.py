@@ -74,7 +74,7 @@ class Baseline:
 class Vmsup:
     """The product: its exit loop, and a jailed serial device behind `transport`."""
 
-    def __init__(self, nursery: zygote.Zygote, number: int, transport: str) -> None:
+    def __init__(self, nursery: zygote.Zygote, transport: str) -> None:
         self._guest = Guest(GUEST).real_mode()
         null = os.open(os.devnull, os.O_RDWR)
         quiet, typing = os.pipe()
@@ -90,7 +90,6 @@ class Vmsup:
             opened,
             print,
             transport=transport,
-            _count=number,
         )
         self._proxy = self._spawner.spawn(Instance("serial1", CATALOG["serial"], gsi=4))
         self._proxy.await_ready(jail.Mode.FULL)
@@ -165,8 +164,8 @@ def ways() -> Iterator[dict[str, Way]]:
             baseline = Baseline(program, guest, kind)
             undo.callback(baseline.close)
             found[f"C {kind}"] = baseline
-        for n, transport in enumerate(("socket", "mailbox")):
-            vmsup = Vmsup(nursery, n, transport)
+        for transport in ("socket", "mailbox"):
+            vmsup = Vmsup(nursery, transport)
             undo.callback(vmsup.close)
             found[transport] = vmsup
         yield found
