@@ -166,7 +166,8 @@ class Serial(Model):
             if sent < len(data):
                 kept = data[sent:][: self._depth() - len(self._tx)]
                 self._tx += kept
-                self._counts["tx_lost"] += len(data) - sent - len(kept)
+                if lost := len(data) - sent - len(kept):
+                    self._counts["tx_lost"] += lost
         self._sent = not self._tx and bool(self._ier & IER_ETBEI)
 
     def read_IER(self) -> int:
