@@ -29,6 +29,16 @@ class Atom(NamedTuple):
     value: int
     spelled: str = ""
 
+    # However it is spelt; != too, because a tuple has one of its own.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Atom) and self[:3] == other[:3]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:3])
+
     def holds(self, x: int) -> bool:
         """Whether the comparison is true of the argument value `x`."""
         v = self.value
@@ -75,6 +85,16 @@ class Rule(NamedTuple):
     errno: int
     reason: str
     place: Place
+
+    # Wherever it stands; != too, because a tuple has one of its own.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and self[:4] == other[:4]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:4])
 
     @property
     def action(self) -> int:
