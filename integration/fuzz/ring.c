@@ -305,7 +305,7 @@ static void receive(void)
     received = ring_receive(&ring, &card, most, &expected, &f, &b, &why);
     ring.why[0] = 0;
     REQUIRE(received <= most && ring.n_out == n + b.n && !b.n == !f.size);
-    REQUIRE(!f.size || (f.size == frame_size && f.direct + PEEK >= f.direct));
+    REQUIRE(!f.size || (f.size == frame_size && f.direct + PEEK <= b.room));
     if (received == 1 && !f.size && most == 1) { /* all of it is in what was used, and nothing else is */
         uint64_t written = 0;
         for (uint16_t at = before; at != ring.next_used; at++) {
