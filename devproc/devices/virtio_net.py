@@ -348,6 +348,7 @@ class VirtioNet(VirtioDevice):
             elif r.starved and sum(chain.descriptors for chain in r.chains) < self._ring_size(pair):
                 return False  # the driver has more buffers to give
             else:
+                r.starved = False  # it has none, and so would never notify
                 self._counts["rx_dropped"] += 1
         r.size = 0
         return True
@@ -504,6 +505,7 @@ class VirtioNet(VirtioDevice):
                 self._pairs = value
                 for r in self._receivers[value:]:
                     r.size = 0
+                    r.starved = False  # what is notified of a queue that is not in use is lost
             case Command.GUEST_OFFLOADS_SET, 8 if accepted & F_CTRL_GUEST_OFFLOADS and not value & ~(
                 accepted & GUEST_OFFLOADS
             ):

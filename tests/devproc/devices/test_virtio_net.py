@@ -257,6 +257,16 @@ def test_a_frame_for_which_the_whole_ring_is_too_small_is_dropped(bench: Any) ->
     assert guest.count("rx_dropped") == 1
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_card_goes_on_after_the_frame_for_which_its_ring_is_too_small(bench: Any, plain: bool) -> None:
+    """The driver, which has no buffer left to give, would never notify it."""
+    guest = Guest(bench("virtio-net"), size=4, plain=plain)
+    guest.provide(*[100] * 4)
+    guest.arrive(NOTHING + frame(b"x" * 500))
+    guest.arrive(NOTHING + frame())
+    assert guest.frames() == [frame()]
+
+
 def test_a_frame_is_never_cut_off(plain: Guest) -> None:
     """Threat 4."""
     plain.provide(100, 200)
@@ -669,6 +679,18 @@ def test_the_host_s_queues_are_shared_out_among_those_in_use(bench: Any) -> None
     assert heard() == [[b"\0"], [b"\1"], [b"\2"]]
     for pairs in (b"\0\0", b"\4\0", b"\1"):
         assert guest.command(Command.MQ_VQ_PAIRS_SET, pairs, queue=6) == CTRL_ERR
+
+
+def test_a_queue_that_was_out_of_use_goes_on_with_the_buffers_it_got_meanwhile(bench: Any) -> None:
+    guest = Guest(bench("virtio-net", pairs=2), MQ)
+    assert guest.command(Command.MQ_VQ_PAIRS_SET, b"\2\0", queue=4) == CTRL_OK
+    guest.arrive(NOTHING + frame(), cable=1)
+    assert guest.command(Command.MQ_VQ_PAIRS_SET, b"\1\0", queue=4) == CTRL_OK
+    guest.queues[2].request(100)
+    guest.driver.notify(2)
+    assert guest.command(Command.MQ_VQ_PAIRS_SET, b"\2\0", queue=4) == CTRL_OK
+    guest.arrive(cable=1)
+    assert guest.frames(2) == [frame()]
 
 
 def test_each_transmit_queue_has_its_own_of_the_host(bench: Any) -> None:
