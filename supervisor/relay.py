@@ -41,15 +41,18 @@ class Relay(ABC):
         if self._to_port:
             inner |= select.POLLOUT
         wanted = {self._inner.fileno(): inner}
-        if peer is not None:
-            wanted[peer] = (0 if self._to_port else select.POLLIN) | (select.POLLOUT if self._to_peer else 0)
+        peers = (0 if self._to_port else select.POLLIN) | (select.POLLOUT if self._to_peer else 0)
+        if peer is not None and peers:  # its hang-up counts once all that it has said is read
+            wanted[peer] = peers
         return wanted
 
     def ready(self, fd: int, got: int) -> None:
         """`fd` has events `got`: move what can be moved."""
         peer = self._peer()
         if fd == peer and got & (select.POLLHUP | select.POLLERR) and not got & select.POLLIN:
-            self._drop_peer()
+            self._to_peer = b""
+            if not self._to_port:
+                self._drop_peer()
         elif fd == peer and got & select.POLLIN and not self._to_port:
             try:
                 self._to_port = os.read(fd, _CHUNK)
@@ -74,8 +77,8 @@ class Relay(ABC):
                 self._to_peer = self._to_peer[os.write(peer, self._to_peer) :]
             except BlockingIOError:
                 pass
-            except OSError:
-                self._drop_peer()
+            except OSError:  # it takes nothing any more
+                self._to_peer = b""
 
     def _drop_peer(self) -> None:
         self._to_peer = b""

@@ -120,6 +120,31 @@ def test_a_guest_that_does_not_read_holds_the_client_and_loses_nothing(listening
         assert got == data
 
 
+@pytest.mark.parametrize("talks", [False, True])
+def test_what_a_client_has_said_before_it_goes_reaches_the_guest(listening, talks):
+    """`talks`: the guest answers, to nobody, while it reads."""
+    port, relay, path = listening
+    data = b"".join(b"%07d\n" % n for n in range(10_000))
+    port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    relay._inner.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    with connect(path) as client:
+        settle(relay)
+        assert client.send(data) == len(data)
+    got = bytearray()
+    while len(got) < len(data):
+        if talks:
+            port.send(b"$ ")
+        settle(relay)
+        got += port.recv(4096)
+    assert got == data
+    settle(relay)
+    with connect(path) as client:
+        settle(relay)
+        port.send(b"next")
+        settle(relay)
+        assert client.recv(100) == b"next"
+
+
 def test_a_client_may_go_and_another_come(listening):
     port, relay, path = listening
     for name in (b"first", b"second"):
