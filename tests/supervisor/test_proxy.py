@@ -255,6 +255,17 @@ def test_a_question_that_goes_unanswered_is_death(serving):
         serving.proxy.check_alive(now_s + TIMEOUT_S * 1.1)
 
 
+def test_an_answer_that_we_are_late_to_hear_is_one(serving):
+    """The main thread may have waited for whoever reads our standard error."""
+    now_s = serving.proxy._asked_at_s + PING_EVERY_S
+    serving.proxy.check_alive(now_s)
+    serving.send(wire.Pong(1))
+    serving.proxy.check_alive(now_s + TIMEOUT_S * 2)
+    serving.proxy.on_control()
+    serving.proxy.check_alive(now_s + TIMEOUT_S * 3)
+    assert wire.decode(serving.control.recv(100)) == wire.Ping(1)
+
+
 def test_an_answer_to_another_question_is_death(serving):
     serving.proxy.check_alive(serving.proxy._asked_at_s + PING_EVERY_S)
     serving.send(wire.Pong(77))
