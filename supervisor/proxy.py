@@ -178,9 +178,11 @@ class Proxy:
                 self._token = (self._token + 1) & 0xFFFFFFFF
                 self._asked_at_s = now_s
                 self._send(wire.Ping(self._token))
-        elif now_s - self._asked_at_s >= self._timeout_s:
-            if not select.select([self.control], [], [], 0)[0]:  # or it is we who have not listened
-                raise DeviceDied(self.name, f"hangs: no answer for {self._timeout_s:g} s")
+        elif (
+            now_s - self._asked_at_s >= self._timeout_s
+            and not select.select([self.control], [], [], 0)[0]  # or it is we who have not listened
+        ):
+            raise DeviceDied(self.name, f"hangs: no answer for {self._timeout_s:g} s")
 
     def ask(self, message: wire.Message) -> wire.Message:
         """What it answers; the caller waits, so this is for when no guest runs on it.
