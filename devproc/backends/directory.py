@@ -16,7 +16,6 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from typing import Final
 
 from devproc import syscalls
@@ -84,8 +83,8 @@ class Directory:
     def __init__(self, fd: int) -> None:
         self._fd: Final = fd
         self.uid, self.gid = os.geteuid(), os.getegid()
-        self._ids = count(ROOT_ID + 1)  # never used twice, so that an old id is no other file
-        self._handles = count(1)
+        self._last_id = ROOT_ID  # none is used twice, so that an old id is no other file
+        self._last_handle = 0
         self._files: dict[int, File] = {}
         self._nodes: dict[int, Node] = {}
         self._inodes: dict[Inode, Node] = {}
@@ -376,7 +375,8 @@ class Directory:
         if node is None:
             if len(self._nodes) >= NODES_MAX:
                 raise _error(errno.ENFILE)
-            node = Node(next(self._ids), inode, parent, name)
+            self._last_id += 1
+            node = Node(self._last_id, inode, parent, name)
             parent.children += 1
             self._nodes[node.id] = self._inodes[inode] = node
         elif node.parent is not parent or node.name != name:
@@ -407,9 +407,9 @@ class Directory:
             raise _error(errno.ENFILE)
         file = File(fd, node, directory)
         node.files.append(file)
-        handle = next(self._handles)
-        self._files[handle] = file
-        return handle
+        self._last_handle += 1
+        self._files[self._last_handle] = file
+        return self._last_handle
 
 
 def _open(fd: int, path: bytes, flags: int, mode: int = 0) -> int:

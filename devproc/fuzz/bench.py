@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from devproc import regs
 from devproc.catalog import MEMORY_PARAMS, Descriptor, Entry, Params
-from devproc.fuzz import host
+from devproc.fuzz import host, tree
 from devproc.fuzz.finding import Finding
 from devproc.fuzz.guest import Guest
-from devproc.fuzz.inputs import CLOCK_START_NS, RECORD, REPEATS_MAX, WALL_START_NS, Op
+from devproc.fuzz.inputs import CLOCK_START_NS, PORTS_MAX, RECORD, REPEATS_MAX, WALL_START_NS, Op
 from devproc.fuzz.recording import python_queues
 from devproc.ports import Device
 from devproc.record import is_record
@@ -33,9 +33,13 @@ _DISCARDING: Final = {"virtio-balloon"}  # what gives guest memory back to the h
 _REPEAT: Final = int(Op.REPEAT)
 _DATA: Final = int(Op.DATA)
 _CHAIN: Final = int(Op.CHAIN)
+_LINES: Final = PORTS_MAX - 1  # the first port that an INPUT can be for is the exchange's
 _NO_ACCESS: Final = (0, 0, 0, 0, 0)
 _OWN: Final = ("now_ns", "wall_ns", "_pending", "_last", "_repeats", "_saved", "_draws", "_waiting")
 """What a bench remembers besides its model, its ports and guest memory; none of it is changed in place."""
+
+
+_Port = TypeVar("_Port")
 
 
 class Step(NamedTuple):
@@ -83,9 +87,10 @@ class Bench:
         self.now_ns, self.wall_ns = clock_ns, wall_ns
         self._raised: list[int] = []
         self._signals = 0
-        self._inputs: list[host.Input] = []
-        self._outputs: list[host.Output] = []
-        self._links: list[host.Link] = []
+        self._sources: list[host.Source] = []
+        self._drains: list[host.Drain] = []
+        self._lines: list[host.Line] = []
+        self._directories: list[Any] = []
         self._kicks: list[host.Kick] = []
         self._pending = b""
         self._last = _NO_ACCESS  # which REPEAT would make again
@@ -109,7 +114,8 @@ class Bench:
         apart = {entry.fsize, *((p.name for p in MEMORY_PARAMS) if entry.guest_memory else ())}
         ports: dict[str, Any] = {name: v for name, v in params.items() if name not in apart}
         for d, fds in entry.own_slots():
-            made = tuple(memory if d.kind == "memory" else self._port(d) for _ in fds)
+            some = fds[: _LINES if d.kind == "line" else None]
+            made = tuple(memory if d.kind == "memory" else self._port(d) for _ in some)
             ports[d.name] = made[0] if d.count is None else made
         sources = {
             "clock": lambda: self.now_ns,
@@ -126,7 +132,7 @@ class Bench:
             self._guest = Guest(self.model, memory, self._notify, entry.name in _DISCARDING)
             self._pump()  # what the start has left to do
         self._raised.clear()
-        changing = [*self._inputs, *self._outputs, *self._links]
+        changing = [*self._sources, *self._drains, *self._directories]
         self._changing: list[object] = [self.model, self._guest, *(vars(c) for c in changing)]
         self._marks: dict[bytes, _Mark] = {}
         self.mark(b"")
@@ -142,25 +148,34 @@ class Bench:
                 self._kicks.append(host.Kick())
                 return self._kicks[-1]
             case "input":
-                self._inputs.append(host.Input())
-                return self._inputs[-1]
+                return self._added(host.Input())
             case "output":
-                self._outputs.append(host.Output())
-                return self._outputs[-1]
+                return self._added(host.Output())
             case "tap" | "stream":
-                self._links.append(host.Link())
-                return self._links[-1]
+                return self._added(host.Link())
             case "directory":
-                return host.Directory()
+                self._directories.append(host.Directory(tree.planted()))
+                return self._directories[-1]
             case "exchange":
-                return host.Exchange()
+                return self._added(host.Exchange(self._lines, self._wake))
             case "line":
-                return host.Line()
+                self._lines.append(self._added(host.Line(len(self._lines))))
+                return self._lines[-1]
             case "back-end":
-                self._inputs.append(host.BackEnd())
-                return self._inputs[-1]
+                return self._added(host.BackEnd())
             case _:
                 return host.Disk(0 if d.name == "backing" else host.DISK_SIZE)
+
+    def _added(self, port: _Port) -> _Port:
+        """A port of which the bench has to know."""
+        if isinstance(port, host.Source):
+            self._sources.append(port)
+        if isinstance(port, host.Drain):
+            self._drains.append(port)
+        return port
+
+    def _wake(self) -> None:
+        self._waiting = True
 
     def mark(self, name: bytes) -> None:
         """Have `reset(name)` bring back what is now."""
@@ -277,10 +292,9 @@ class Bench:
             raise Finding("restore", "a restored model saves something else")
 
     def _check_quiet(self) -> None:
-        for source in self._inputs:
+        for source in self._sources:
+            assert isinstance(source, host.Input), "the other kinds are of devices with guest memory"
             source.typed.clear()
-        for link in self._links:
-            link.incoming.clear()
         saved = self.model.save()
         for region in self.entry.regions:
             for offset in range(min(region.size, 16)):
@@ -332,19 +346,14 @@ class Bench:
         self.wall_ns = min(max(self.wall_ns + ns - (ns >> 63 << 64), -_I63), _I63 - 1)
 
     def _type(self, space: int, _size: int, _aux: int, _offset: int, _value: int) -> None:
-        self._waiting = True
-        if self._inputs:
-            self._inputs[space % len(self._inputs)].typed += self._pending
-        elif self._links:
-            self._links[space % len(self._links)].incoming.append(self._pending)
+        self._wake()
+        self._sources[space % len(self._sources)].give(self._pending)
         self._pending = b""
 
-    def _room(self, space: int, _size: int, _aux: int, _offset: int, room: int) -> None:
-        port = (self._outputs or self._links)[space % len(self._outputs or self._links)]
-        full = not port.room
-        port.room = room
-        if full and room:
-            port.on_room()
+    def _room(self, _space: int, _size: int, _aux: int, _offset: int, room: int) -> None:
+        self._wake()
+        for port in self._drains:
+            port.drain(room)
 
     def _chain(self, space: int, aux: int, value: int) -> None:
         assert self._guest is not None
@@ -361,6 +370,9 @@ class Bench:
 
     def _restart(self, _space: int, size: int, _aux: int, offset: int, _value: int) -> None:
         assert self._guest is not None
+        for source in self._sources:
+            if isinstance(source, host.BackEnd):  # or the driver waits until the patience with it is over
+                source.answer()
         self._guest.restart(offset, size)
         self._pump()
 
@@ -390,30 +402,18 @@ class Bench:
                 model.on_deadline(self.now_ns)
             if not self._waiting:
                 return  # nothing has come, and that it is wanted calls nobody
-            moved = [self._feed(source) for source in self._inputs]
-            moved += [self._deliver(link) for link in self._links]
-            if not any(moved):
+            if not sum(map(self._feed, self._sources)):
                 break
-        self._waiting = any(source.typed for source in self._inputs) or any(k.incoming for k in self._links)
+        self._waiting = any(source.left for source in self._sources)
 
-    def _feed(self, source: host.Input) -> bool:
-        """Let the model take input, if it wants some and there is some."""
-        if not source.typed or not source.wanted():
+    def _feed(self, source: host.Source) -> bool:
+        """Let the model take something from the host, if it wants some and there is some."""
+        if not source.ready():
             return False
-        left = len(source.typed)
-        source.on_input()
-        if len(source.typed) == left and source.wanted():
-            raise Finding("busy", "input is wanted, there, and not read")
-        return True
-
-    def _deliver(self, link: host.Link) -> bool:
-        """As `_feed`, for a frame."""
-        if not link.incoming or not link.wanted():
-            return False
-        left = len(link.incoming)
-        link.on_frame()
-        if len(link.incoming) == left and link.wanted():
-            raise Finding("busy", "a frame is wanted, there, and not read")
+        left = source.left
+        source.act()
+        if source.left == left and source.ready():
+            raise Finding("busy", "what the host has is wanted, there, and not taken")
         return True
 
     def _step(self, got: int | None) -> Step:
@@ -421,8 +421,8 @@ class Bench:
         for number in self._raised:
             counts[number] = counts.get(number, 0) + 1
         self._raised.clear()
-        sent = b"".join(bytes(port.sent) for port in self._outputs)
-        for port in self._outputs:
+        sent = b"".join(bytes(port.sent) for port in self._drains)
+        for port in self._drains:
             port.sent.clear()
         used, self._used = self._used, []
         return Step(got, counts, sent, used)
@@ -443,9 +443,8 @@ _FIXED: Final = (
     GuestMemory,
     Bench,
     host.Kick,
-    host.Input,
-    host.Output,
-    host.Link,
+    host.Source,
+    host.Drain,
     host.Directory,
 )
 
@@ -498,7 +497,7 @@ class _Snapshot:
         elif isinstance(item, tuple):
             yield from item
             return
-        elif kind in _FIXED:
+        elif isinstance(item, _FIXED):
             return
         elif isinstance(getattr(item, "__dict__", None), dict) and not callable(item):
             if not is_record(kind):

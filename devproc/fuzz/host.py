@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import errno
-import stat
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec
+from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
-from devproc.backends.directory import ROOT_ID, Node
+from devproc.backends import directory
+from devproc.fuzz import tree
 from devproc.fuzz.inputs import ROOM_MAX
 from devproc.vhost.message import (
     HEADER_SIZE,
+    Header,
     MessageError,
     Request,
+    VringAddr,
+    VringFile,
     VringState,
     pack_reply,
     parse,
@@ -22,15 +28,50 @@ from devproc.vhost.message import (
 
 DISK_SIZE: Final = 1 << 16
 _PART: Final = 4096
+_TOLD: Final = 6  # what a vhost-user back end is told of a ring before it runs
 
 
-class Input:
+class Source:
+    """The host's end of a port at which something comes without being asked for."""
+
+    def give(self, data: bytes) -> None:
+        """This comes from the host."""
+        raise NotImplementedError
+
+    @property
+    def left(self) -> object:
+        """What there is that the model has not taken; false if that is nothing."""
+        raise NotImplementedError
+
+    def ready(self) -> bool:
+        """Whether the loop would have to call the model."""
+        raise NotImplementedError
+
+    def act(self) -> None:
+        """Call the model."""
+        raise NotImplementedError
+
+
+class Input(Source):
     """`ports.Input`; `typed` is what the host has sent and the model has not taken."""
 
     def __init__(self) -> None:
         self.typed = bytearray()
         self.wanted: Callable[[], bool] = lambda: False
         self.on_input: Callable[[], None] = lambda: None
+
+    def give(self, data: bytes) -> None:
+        self.typed += data
+
+    @property
+    def left(self) -> int:
+        return len(self.typed)
+
+    def ready(self) -> bool:
+        return bool(self.typed) and self.wanted()
+
+    def act(self) -> None:
+        self.on_input()
 
     def listen(self, wanted: Callable[[], bool], on_input: Callable[[], None]) -> None:
         self.wanted, self.on_input = wanted, on_input
@@ -41,13 +82,23 @@ class Input:
         return data
 
 
-class Output:
-    """`ports.Output` to a host that takes `room` more bytes."""
+class Drain:
+    """The host's end of a port that takes `room` more bytes, or frames; of bytes it has what was `sent`."""
 
     def __init__(self) -> None:
         self.room = ROOM_MAX
         self.sent = bytearray()
         self.on_room: Callable[[], None] = lambda: None
+
+    def drain(self, room: int) -> None:
+        """It takes so much from now on."""
+        full, self.room = not self.room, room
+        if full and room:
+            self.on_room()
+
+
+class Output(Drain):
+    """`ports.Output`."""
 
     def listen(self, on_room: Callable[[], None]) -> None:
         self.on_room = on_room
@@ -119,17 +170,16 @@ class Disk:
         return b"".join(self._parts[offset // _PART : -(-(offset + size) // _PART)]), offset % _PART
 
 
-class Link:
-    """`ports.Link`; `incoming` are frames for the model, `room` how many it may send."""
+class Link(Source, Drain):
+    """`ports.Link`; `incoming` are frames for the model."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.offloads = True
         self.up = True
         self.incoming: deque[bytes] = deque()
-        self.room = ROOM_MAX
         self.wanted: Callable[[], bool] = lambda: False
         self.on_frame: Callable[[], None] = lambda: None
-        self.on_room: Callable[[], None] = lambda: None
 
     def listen(
         self,
@@ -139,6 +189,19 @@ class Link:
         on_down: Callable[[], None],
     ) -> None:
         self.wanted, self.on_frame, self.on_room = wanted, on_frame, on_room
+
+    def give(self, data: bytes) -> None:
+        self.incoming.append(data)
+
+    @property
+    def left(self) -> int:
+        return len(self.incoming)
+
+    def ready(self) -> bool:
+        return bool(self.incoming) and self.wanted()
+
+    def act(self) -> None:
+        self.on_frame()
 
     def receive(self, buffers: Sequence[Any]) -> int:
         if not self.incoming:
@@ -161,92 +224,262 @@ class Link:
         pass
 
 
-class Directory:
-    """In place of `backends.directory.Directory`: empty, and whatever is asked of it fails."""
-
-    uid = gid = 0
-    counts = (1, 0)
-
-    def __init__(self) -> None:
-        self._root = Node(ROOT_ID, ((0, 0), ROOT_ID, stat.S_IFDIR, 0), None, b"")
-
-    def forget_all(self) -> None:
-        pass
-
-    def forget(self, id: int, lookups: int) -> None:
-        pass
-
-    def close(self, handle: int) -> None:
-        pass
-
-    def node(self, id: int) -> Node:
-        if id != ROOT_ID:
-            raise OSError(errno.ESTALE, "no such node")
-        return self._root
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def fail(*_: Any, **__: Any) -> Any:
-            raise OSError(errno.ENOENT, "it is empty")
-
-        return fail
+def _on(calls: dict[str, Any]) -> ModuleType:
+    """backends.directory as a module of its own, whose system calls are these."""
+    assert directory.__spec__ is not None and directory.__spec__.loader is not None
+    module = module_from_spec(directory.__spec__)
+    directory.__spec__.loader.exec_module(module)
+    for name in ("os", "syscalls"):
+        constants = {n: v for n, v in vars(getattr(module, name)).items() if n.isupper()}
+        setattr(module, name, SimpleNamespace(**constants, **calls, strerror=os.strerror))
+    return module
 
 
-class Exchange:
-    """`ports.Exchange` that is busy for ever: the guest has no connection, whatever it says."""
+Directory: Final[type[Any]] = _on(tree.CALLS).Directory
+"""`backends.directory.Directory`, on a `tree`."""
+
+
+class Line(Source, Drain):
+    """`ports.Line` number `number`, and the host program at its other end.
+
+    The program says what is given; nothing: it says no more; 0xff first: it is gone.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.is_open = self.is_connected = False
+        self._incoming = bytearray()
+        self._ended = self._gone = False
+        self._shut = (False, False)  # what is received, what is sent
+
+    def listen(
+        self,
+        wants_read: Callable[[], bool],
+        wants_write: Callable[[], bool],
+        on_readable: Callable[[], None],
+        on_writable: Callable[[], None],
+    ) -> None:
+        self._wants_read, self._wants_write = wants_read, wants_write
+        self._on_readable, self._on_writable = on_readable, on_writable
+
+    def connect(self, said: bytes) -> None:
+        """There is a program, which has said something."""
+        self.is_connected = True
+        self._incoming[:] = said
+        self._ended = self._gone = False
+        self._shut = (False, False)
+        self.room = ROOM_MAX
+
+    def open(self) -> None:
+        assert self.is_connected and not self.is_open
+        self.is_open = True
+
+    def receive(self, buffers: Sequence[Any]) -> int | None:
+        assert self.is_open and any(map(len, buffers)), "nothing that is received looks like an end"
+        if self._gone:
+            raise ConnectionResetError(errno.ECONNRESET, "gone")
+        done = 0
+        for buffer in buffers:
+            part = self._incoming[: len(buffer)]
+            del self._incoming[: len(part)]
+            memoryview(buffer)[: len(part)] = part
+            done += len(part)
+        return done if done or self._ended or self._shut[0] else None
+
+    def send(self, buffers: Sequence[Any]) -> int:
+        assert self.is_open
+        if self._gone or self._shut[1]:
+            raise BrokenPipeError(errno.EPIPE, "gone")
+        taken = b"".join(buffers)[: self.room]
+        self.sent += taken
+        self.room -= len(taken)
+        return len(taken)
+
+    def shut(self, *, receive: bool = False, send: bool = False) -> None:
+        assert self.is_open
+        self._shut = (self._shut[0] or receive, self._shut[1] or send)
+
+    def close(self) -> None:
+        assert self.is_open
+        self.is_open = self.is_connected = False
+
+    def give(self, data: bytes) -> None:
+        if not self.is_open or self._ended:
+            return
+        self._ended |= not data
+        self._gone |= data[:1] == b"\xff"
+        if not self._shut[0]:
+            self._incoming += data
+
+    @property
+    def left(self) -> object:
+        readable = len(self._incoming), self._ended, self._gone
+        waits = self.is_open and (any(readable) or self._wants_write())
+        return (*readable, self.room) if waits else ()
+
+    def _readable(self) -> bool:
+        return bool(self._incoming or self._ended or self._gone or self._shut[0]) and self._wants_read()
+
+    def _writable(self) -> bool:
+        return bool(self.room or self._gone) and self._wants_write()
+
+    def ready(self) -> bool:
+        return self.is_open and (self._readable() or self._writable())
+
+    def act(self) -> None:
+        if self._readable():
+            self._on_readable()
+        else:
+            self._on_writable()
+
+
+class Exchange(Source):
+    """`ports.Exchange`: what is given a program says that calls.
+
+    Of the ports that are dialled each fourth takes the call at once; one has nobody, one is not to be dialled
+    so fast, and one takes its time: until something is given, which is not a call then.
+
+    Args:
+        lines: the places.
+        wake: there is something to tell the model.
+    """
+
+    def __init__(self, lines: Sequence[Line], wake: Callable[[], None]) -> None:
+        self._lines = lines
+        self._wake = wake
+        self._late = 0  # dialled, and not yet answered
+        self._calls: deque[tuple[bool, bool, bytes]] = deque()  # dialled or not, anybody there, what it says
+        self._on_call: Callable[[bool, int | None], None] = lambda dialled, number: None
 
     def listen(self, on_call: Callable[[bool, int | None], None]) -> None:
-        pass
+        self._on_call = on_call
 
     def dial(self, port: int) -> bool:
-        return False
+        assert 0 <= port < 1 << 32
+        if port % 4 == 3:
+            return False
+        if self._late or port % 4 == 2:
+            self._late += 1
+        else:
+            self._calls.append((True, port % 4 == 0, b""))
+            self._wake()
+        return True
+
+    def give(self, data: bytes) -> None:
+        if self._late:
+            self._late -= 1
+            self._calls.append((True, bool(data), b""))
+        else:
+            self._calls.append((False, True, data))
+
+    @property
+    def left(self) -> int:
+        return len(self._calls)
+
+    def ready(self) -> bool:
+        return bool(self._calls)
+
+    def act(self) -> None:
+        dialled, there, said = self._calls.popleft()
+        line = next((place for place in self._lines if not place.is_open), None) if there else None
+        if line is not None:
+            line.connect(said)
+        self._on_call(dialled, None if line is None else line.number)
+        assert line is None or line.is_open or not line.is_connected, "a connection that nobody looks at"
 
 
-class Line:
-    """`ports.Line` that stays empty."""
-
-    number = 0
-
-    def listen(self, *handlers: Callable[..., Any]) -> None:
-        pass
-
-
-class BackEnd(Input):
+class BackEnd(Source):
     """`ports.BackEnd` that stops a ring at once when it is asked to.
 
-    By the first byte of what is `typed` it hangs up (0), or answers what it was not asked.
+    What is given is a message, or if it is too short for one: nothing, it closes its socket; 1, it answers no
+    more; 2, it answers what it was asked meanwhile, and at once again; 3, it takes nothing more; another
+    byte, it tells of a ring that nobody has asked for.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.up = True
+        self._given: deque[bytes] = deque()
+        self._asked: list[VringState] = []  # and not answered
+        self._answers = self._takes = True
+        self._regions: Sequence[Any] = ()  # `MemoryRegion`s
+        self._rings: dict[int, dict[Request, Any]] = {}  # what it was told of each
 
-    def listen(  # type: ignore[override]  # the other port's
-        self, on_answer: Callable[..., None], on_gone: Callable[..., None]
-    ) -> None:
-        self.wanted, self.on_input = lambda: self.up, self._act
+    def listen(self, on_answer: Callable[[Header, bytes], None], on_gone: Callable[[str], None]) -> None:
         self._on_answer, self._on_gone = on_answer, on_gone
 
     def send(self, message: bytes, shared: Sequence[Any] = ()) -> None:
         if not self.up:
             return
+        if not self._takes:
+            self.hang_up("does not take what it is sent")
+            return
         request, payload = parse(parse_header(message[:HEADER_SIZE]), message[HEADER_SIZE:], len(shared))
-        if request is Request.GET_VRING_BASE:
-            self._answer(pack_reply(request, payload))
+        match payload:
+            case VringState() if request is Request.GET_VRING_BASE:
+                assert Request.SET_VRING_ENABLE in self._rings[payload.vring], "a ring that does not run"
+                base = self._rings.pop(payload.vring)[Request.SET_VRING_BASE].num
+                self._asked.append(payload._replace(num=base))
+                if self._answers:
+                    self.answer()
+            case VringState() | VringAddr() | VringFile():
+                assert self._regions
+                ring = self._rings.setdefault(payload.vring, {})
+                assert request is Request.SET_VRING_CALL or request not in ring, "a ring that runs"
+                ring[request] = payload
+                if isinstance(payload, VringAddr):
+                    places = payload.descriptor, payload.used, payload.available
+                    assert all(any(0 <= at - r.user_address < r.size for r in self._regions) for at in places)
+                assert request is not Request.SET_VRING_ENABLE or len(ring) == _TOLD
+            case tuple():
+                self._regions = payload
+            case _:
+                assert request is Request.SET_FEATURES and not self._rings
+
+    def answer(self) -> None:
+        """From now on at once, too."""
+        self._answers = True
+        while self._asked:
+            self._say(pack_reply(Request.GET_VRING_BASE, self._asked.pop(0)))
 
     def hang_up(self, why: str) -> None:
         if self.up:
             self.up = False
+            self._asked.clear()
             self._on_gone(why)
 
-    def _act(self) -> None:
-        what = self.read(len(self.typed))[0]
-        if what:
-            self._answer(pack_reply(Request.GET_VRING_BASE, VringState(what & 3, 0)))
-        else:
-            self.hang_up("has closed its socket")
+    def give(self, data: bytes) -> None:
+        self._given.append(data)
 
-    def _answer(self, reply: bytes) -> None:
+    @property
+    def left(self) -> int:
+        return len(self._given)
+
+    def ready(self) -> bool:
+        return self.up and bool(self._given)
+
+    def act(self) -> None:
+        given = self._given.popleft()
+        if len(given) >= HEADER_SIZE:
+            self._say(given)
+            return
+        match given[:1]:
+            case b"":
+                self.hang_up("has closed its socket")
+            case b"\1":
+                self._answers = False
+            case b"\2":
+                self.answer()
+            case b"\3":
+                self._takes = False
+            case other:
+                self._say(pack_reply(Request.GET_VRING_BASE, VringState(other[0] & 3, 0)))
+
+    def _say(self, message: bytes) -> None:
+        if not self.up:
+            return
         try:
-            self._on_answer(parse_header(reply[:HEADER_SIZE]), reply[HEADER_SIZE:])
+            header = parse_header(message[:HEADER_SIZE])
+            self._on_answer(header, message[HEADER_SIZE:][: header.size].ljust(header.size, b"\0"))
         except MessageError as e:
-            self.hang_up(str(e))
+            self.hang_up(f"has broken the protocol: {e}")
