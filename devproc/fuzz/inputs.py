@@ -39,6 +39,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from devproc.catalog import CATALOG, Entry
+from devproc.virtio.spec import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, F_VERSION_1
 from devproc.wire import SIZES, Scalar, Space
 
 RECORD: Final = Struct("<BBBBIQ")
@@ -55,7 +56,17 @@ _EVENTS_MAX: Final = 4  # functions that a port is told
 CHUNK: Final = 8  # bytes that one DATA record holds
 CLOCK_START_NS: Final = 5_000_000_000_000
 WALL_START_NS: Final = 1_700_000_000_000_000_000  # 2023-11-14 22:13:20 UTC
-PARAMS: Final = {"mem_below_4g": 256 << 20, "mem_above_4g": 0, "sparse": 1, "packed": 1}
+TYPED: Final = frozenset({"input", "tap", "stream", "line", "exchange", "back-end"})
+DRAINED: Final = frozenset({"output", "tap", "stream", "line"})
+"""Kinds of ports from which something comes, and which take only so much."""
+PARAMS: Final = {
+    "mem_below_4g": 256 << 20,
+    "mem_above_4g": 0,
+    "sparse": 1,
+    "packed": 1,
+    "features": F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | F_RING_PACKED,  # of a vhost-user back end
+    "rings": 2,
+}
 """Values of parameters for fuzzing; others have their lowest."""
 GUEST_SIZE: Final = 1 << 18
 """Bytes of guest memory, for a device that has any."""
@@ -264,9 +275,9 @@ def _canonical(entry: Entry, r: Record, recorded: bool) -> Record | None:
             return Record(op, data=r.data % CLOCK_MAX_NS)
         case Op.WALL if "wall" in entry.sources:
             return Record(op, data=r.data)
-        case Op.INPUT if kinds & {"input", "tap", "stream", "back-end"}:
+        case Op.INPUT if kinds & TYPED:
             return Record(op, r.space % PORTS_MAX if entry.virtio is not None else 0)
-        case Op.ROOM if kinds & {"output", "tap", "stream"}:
+        case Op.ROOM if kinds & DRAINED:
             return Record(op, data=r.data % (ROOM_MAX + 1))
         case Op.REPEAT:
             return Record(op, data=1 + (r.data - 1) % REPEAT_MAX)

@@ -54,7 +54,11 @@ def modules(entry: Entry) -> tuple[str, ...]:
         body = ast.parse(f.read()).body
     imported = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.module]
     bases = [name for name in imported if name.startswith(("devproc.devices.", "devproc.virtio.vhost_user"))]
-    return (entry.module, *bases, *(VIRTIO_MODULES if entry.virtio is not None else ()))
+    if entry.virtio is None:
+        return (entry.module, *bases)
+    # The rings of a function that another program serves are never looked at.
+    shared = VIRTIO_MODULES[:1] if any(d.kind == "back-end" for d in entry.descriptors) else VIRTIO_MODULES
+    return (entry.module, *bases, *shared)
 
 
 def source(module: str) -> str:

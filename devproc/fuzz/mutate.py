@@ -12,6 +12,7 @@ from typing import Final
 from devproc.catalog import Entry
 from devproc.fuzz.inputs import (
     CLOCK_MAX_NS,
+    DRAINED,
     PORTS_MAX,
     QUEUE_SHIFT_MAX,
     RECORD,
@@ -19,6 +20,7 @@ from devproc.fuzz.inputs import (
     REPEAT_MAX,
     ROOM_MAX,
     START_CHOICES,
+    TYPED,
     Op,
     Record,
     Twist,
@@ -26,7 +28,7 @@ from devproc.fuzz.inputs import (
     encode,
     packed,
 )
-from devproc.fuzz.shapes import SHAPES, SHAPES_OF
+from devproc.fuzz.shapes import FIRST_OF, SHAPES, SHAPES_OF, TEXTS_OF, Shape
 from devproc.regs import INDEXED, Table
 from devproc.wire import SIZES
 
@@ -57,7 +59,7 @@ class Mutator:
         numbers = sorted(
             {w for w in words if isinstance(w, int)} | {0, 1, 2, 0x7F, 0x80, 0xFF, (1 << 64) - 1}
         )
-        texts = [*_TEXTS, *(w for w in words if isinstance(w, bytes) and w)]
+        texts = [*_TEXTS, *TEXTS_OF.get(entry.name, ()), *(w for w in words if isinstance(w, bytes) and w)]
         reads, writes = self._accesses(tables, numbers)
         kinds = {d.kind for d in entry.descriptors}
         weighted = [(5, reads), (7, writes)]
@@ -73,22 +75,25 @@ class Mutator:
         if "wall" in entry.sources:
             jumps = [j for t in _TIMES for j in (t, -t)] + [400 * 365 * 86_400 * _NS]
             weighted.append((1, [encode([Record(Op.WALL, data=j & ((1 << 64) - 1))]) for j in jumps]))
-        if kinds & {"input", "tap", "stream", "back-end"}:
+        if kinds & TYPED:
             ports = range(PORTS_MAX if entry.virtio is not None else 1)
             inputs = [encode([*chunks(t), Record(Op.INPUT, p)]) for t in texts for p in ports]
             weighted.append((2, inputs))
-        if kinds & {"output", "tap", "stream"}:
+        if kinds & DRAINED:
             weighted.append((1, [encode([Record(Op.ROOM, data=n)]) for n in (0, 0, 1, 15, ROOM_MAX)]))
         self._pools = [pool for weight, pool in weighted for _ in range(weight if pool else 0)]
         slow = [[Record(Op.SAVE)], *([Record(Op.REPEAT, data=n)] for n in (17, 100, 200))]
         for write in {w[:8]: w for w in writes}.values():  # each register once
             slow.append([Record(*RECORD.unpack(write)), Record(Op.REPEAT, data=3000)])
         self._starts: list[bytes] = []
+        self._first = b""
         if entry.virtio is not None:
             starts = [
                 [Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(START_CHOICES)
             ]
             self._starts = [encode(r) for r in starts]
+            if first := FIRST_OF.get(entry.name):
+                self._first = _sent(first, first.queue or 0)
             slow += starts
         self._slow = [encode(r) for r in slow]
 
@@ -136,8 +141,7 @@ class Mutator:
                 if queue not in queues:
                     continue
                 for twist in Twist:
-                    chain = Record(Op.CHAIN, queue, aux=twist, data=packed(*shape.sizes))
-                    made = encode([*chunks(shape.data), chain, Record(Op.KICK, queue)])
+                    made = _sent(shape, queue, twist)
                     (right if twist <= Twist.INDIRECT else wrong).append(made)
         kicks = [encode([Record(Op.KICK, q)]) for q in queues]
         return [(12, right), (2, wrong), (1, kicks)]
@@ -147,6 +151,8 @@ class Mutator:
         start = b""
         if self._starts and self.random() < 0.5:
             start = self._starts[int(self.random() * len(self._starts))]
+        if self.random() < 0.9:
+            start += self._first
         return start + b"".join(self._snippet() for _ in range(1 + int(self.random() * 8)))
 
     def _snippet(self) -> bytes:
@@ -233,6 +239,12 @@ class Mutator:
         if choice < 0.7:
             return (value + int(rnd() * 17) - 8) & ((1 << 64) - 1)
         return int(rnd() * (1 << int(rnd() * bits + 1)))
+
+
+def _sent(shape: Shape, queue: int, twist: int = Twist.PLAIN) -> bytes:
+    """A chain, and a kick."""
+    chain = Record(Op.CHAIN, queue, aux=twist, data=packed(*shape.sizes))
+    return encode([*chunks(shape.data), chain, Record(Op.KICK, queue)])
 
 
 assert LENGTH_MAX <= RECORDS_MAX * _SIZE
