@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -19,19 +18,18 @@ def until_up(command: list[str]) -> dict[str, float]:
     """Seconds from starting `command` to the guest's first line.
 
     Raises:
-        SystemExit: there was none.
+        SystemExit: there was none, or it did not end as it should.
     """
     began_s = time.monotonic()
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with guest.started(command) as process:
         assert process.stdout is not None and process.stderr is not None
         took_s = 0.0
         for line in process.stdout:
-            if images.UP.encode() in line:
+            if images.UP in line:
                 took_s = time.monotonic() - began_s
-        if not took_s:
-            raise SystemExit(f"{command[0]}: {process.stderr.read().decode(errors='replace')[-2000:]}")
+        errors = process.stderr.read()
+    if process.returncode or not took_s:
+        raise guest.failed(command, process.returncode, errors)
     return {"up": took_s}
 
 

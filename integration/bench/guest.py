@@ -5,9 +5,12 @@ QEMU is `microvm`, which has no firmware to wait for; with pcie=on its virtio fu
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,22 +55,42 @@ class Guest:
         return [qemu, "-M", machine, "-m", str(self.mem_mib), *base.split(), *files, *options]
 
 
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """`command` and what it starts, which are ended when they take longer than any guest of a benchmark."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        killer = threading.Timer(_TIMEOUT_S, os.killpg, (process.pid, signal.SIGKILL))
+        killer.start()
+        try:
+            yield process
+        finally:
+            killer.cancel()
+
+
+def failed(command: Sequence[str], code: int, said: str) -> SystemExit:
+    """What ends the benchmark when a guest did not do its job."""
+    return SystemExit(f"{' '.join(command)}\nended with {code}: {said[-2000:]}")
+
+
 def figures(command: Sequence[str]) -> dict[str, float]:
     """What the guest that `command` boots has measured, by name.
 
     Raises:
         SystemExit: nothing, or it did not end as it should.
     """
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        killer = threading.Timer(_TIMEOUT_S, process.kill)
-        killer.start()
+    with started(command) as process:
         out, errors = process.communicate()
-        killer.cancel()
     found = [line.split()[1:] for line in out.splitlines() if line.startswith(FIGURE)]
     if process.returncode or not found:
-        raise SystemExit(f"{command[0]} ended with {process.returncode}: {(out + errors)[-2000:]}")
+        raise failed(command, process.returncode, out + errors)
     return {name: float(value) for name, value in found}
 
 
