@@ -123,7 +123,7 @@ class Executor:
         self._mutator: Mutator | None = None
         self._corpus: list[bytes] = []
         self._seen = 0
-        self._patterns: set[bytes] = set()
+        self._patterns: set[int] = set()  # hashes: all of them would be a third of what a device may have
         self._known: set[str] = set()  # keys of findings that were reported
         self._runs = 0
         self._beats = 0
@@ -283,10 +283,11 @@ class Executor:
         """Run it; what is new joins the corpus and `new`, a finding that was not reported joins `found`."""
         try:
             hit = self._run(data, stem)
-            if hit not in self._patterns:
+            pattern = hash(hit)
+            if pattern not in self._patterns:
                 if len(self._patterns) >= _PATTERNS_MAX:
                     self._patterns.clear()
-                self._patterns.add(hit)
+                self._patterns.add(pattern)
                 bits = int.from_bytes(hit, "little") & ~self._seen
                 if bits:
                     self._bench.check(data)
