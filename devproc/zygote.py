@@ -236,6 +236,8 @@ def start(
 
             runs: Any = importlib.import_module(program)
             nursery.main(theirs.detach(), parent, kinds, filters or nursery.compiled, runs, mode)
+        except ChannelClosed:
+            pass  # whoever asked has gone, and nobody hears of what was made
         except BaseException:
             traceback.print_exc()
         finally:
