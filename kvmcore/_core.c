@@ -1,7 +1,7 @@
 /* The exit path: KVM_RUN, the bus look-up and the transaction with a device, none of it under Python's GIL.
  *
  * Spec: Linux, Documentation/virt/kvm/api.rst 5 (struct kvm_run); devproc/wire.py for the messages, which go
- * as its frames or through a mailbox (_mailbox.h).  Left out: coalesced MMIO.
+ * as its frames or through a mailbox (_mailbox.h).  Left out: coalesced MMIO but for ports.
  *
  * The guest chooses every address, size and value here, and a device process every byte of its replies:
  * neither is used as an index or a length before it was checked.  The loop allocates nothing, and every
@@ -10,9 +10,7 @@
  * Locks, never two at once: core.table_lock for one look-up; device.lock for one transaction; vcpu.kick_lock
  * around entering and leaving core_vcpu_run.  But core.ring_lock is held around the first two while what the ring
  * holds is posted, and device.slot_lock within any of them while a request is put into a mailbox. */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
+#define _GNU_SOURCE 1 /* as Python.h does */
 #include "_core.h"
 #include "_mailbox.h"
 
@@ -938,10 +936,9 @@ uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t 
  * with errno; before any vCPU runs. */
 int core_coalesce(struct core *core, int fd, uint32_t page, uint32_t index)
 {
-    if (index >= core->n_devices) {
-        errno = EINVAL;
+    errno = EINVAL;
+    if (index >= core->n_devices)
         return -1;
-    }
     if (!core->ring) {
         void *ring = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)page * PAGE_SIZE);
         if (ring == MAP_FAILED)
@@ -950,6 +947,12 @@ int core_coalesce(struct core *core, int fd, uint32_t page, uint32_t index)
     }
     atomic_store(&core->devices[index].coalesced, true);
     return 0;
+}
+
+/* Where in the ring the oldest write is that nobody has taken yet, or CORE_INVALID. */
+uint32_t core_oldest(struct core *core)
+{
+    return core->ring && core->ring->first != core->ring->last ? core->ring->first : CORE_INVALID;
 }
 
 /* Posts what the ring holds.  1 + index and cause of a device that could not take its writes, once; else 0. */

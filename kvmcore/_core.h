@@ -82,6 +82,7 @@ uint32_t core_read(struct core *core, uint32_t index, uint32_t space, uint64_t o
 uint32_t core_write(struct core *core, uint32_t index, uint32_t space, uint64_t offset, uint32_t size,
                     uint64_t data, int posted);
 int core_coalesce(struct core *core, int fd, uint32_t page, uint32_t index);
+uint32_t core_oldest(struct core *core);
 uint32_t core_drain(struct core *core, uint32_t *gone);
 int core_set_pci_function(struct core *core, uint32_t devfn, uint32_t index);
 uint32_t core_pci_address(struct core *core);

@@ -218,6 +218,11 @@ class Core:
         if lib.core_coalesce(self._core, vcpu_fd, page, index):
             raise OSError(ffi.errno, f"coalesced writes: {os.strerror(ffi.errno)}")
 
+    def oldest_coalesced(self) -> int | None:
+        """Where in KVM's ring the oldest write is that nobody has posted yet, if there is one."""
+        at = int(lib.core_oldest(self._core))
+        return None if at == lib.CORE_INVALID else at
+
     def drain(self) -> None:
         """Post what KVM has coalesced: a guest that writes and then halts makes no exit.
 

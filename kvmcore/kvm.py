@@ -240,6 +240,10 @@ class Vm(Handle):
         self._set(Ioctl.KVM_REGISTER_COALESCED_MMIO, abi.COALESCED_ZONE.pack(port, size, 1))
         return page
 
+    def exit_ports(self, port: int, size: int) -> None:
+        """KVM_UNREGISTER_COALESCED_MMIO: guest writes there, which were coalesced, exit again."""
+        self._set(Ioctl.KVM_UNREGISTER_COALESCED_MMIO, abi.COALESCED_ZONE.pack(port, size, 1))
+
     def ioeventfd(
         self,
         eventfd: int,

@@ -20,11 +20,12 @@ from kvmcore.bootfile import BootFile
 from kvmcore.errors import ConfigError, VmsupError
 from kvmcore.exitloop import Core, CoreVcpu, install_kick_signal
 from kvmcore.irq import GsiRouter
-from kvmcore.kvm import Kvm, Vcpu, Vm
+from kvmcore.kvm import Kvm, Vm
 from kvmcore.memory import GuestMemory
 from policies.errors import PolicyError
 from supervisor import confine, control, ending, machine
 from supervisor.bus import Buses, Claim, DeviceTarget
+from supervisor.coalescing import Coalescing
 from supervisor.config import LEARN, RunConfig
 from supervisor.disks import SECTOR, check_size
 from supervisor.ending import Ending
@@ -135,7 +136,7 @@ class _Launch:
         with step("create the vCPUs"):
             vcpus = [self.undo.enter_context(vm.create_vcpu(n)) for n in range(config.cpus)]
         with step("compile the supervisor's own policies"):
-            seal = confine.seal("supervisor", mode, self.say)
+            seal = confine.seal("supervisor", mode, self.say, {"FD_VM": vm.fd})
             seals = [
                 confine.seal("vcpu", mode, self.say, {"FD_VM": vm.fd, "FD_VCPU": vcpu.fd}) for vcpu in vcpus
             ]
@@ -170,10 +171,11 @@ class _Launch:
             ecam_buses = _ECAM_BUSES * config.pcie_ecam
             pci = PciRoot(core, buses, vm, router, memory, ecam_buses)
             irqfd = chip.connect if chip is not None else vm.irqfd
+            coalescing = Coalescing(core, vm, vcpus[0])
             for proxy in proxies:
                 self._connect(proxy, buses, pci, irqfd, spawner.eventfds.get(proxy.name, {}))
-                if config.transport == "mailbox":
-                    self._coalesce(proxy, core, vm, vcpus[0])
+                for port in proxy.instance.coalesced() if config.transport == "mailbox" else ():
+                    coalescing.add(port, proxy.index)
             buses.publish()
         with step("load the kernel"):
             kernel = bzimage.load(config.kernel, memory)
@@ -215,7 +217,7 @@ class _Launch:
                 host.watched,
                 config.device_timeout + max(i.entry.patience_s for i in instances),
                 nursery.pid,
-                core.drain if config.transport == "mailbox" else None,
+                coalescing,
             )
             threads = [
                 VcpuThread(
@@ -258,14 +260,6 @@ class _Launch:
         if self.config.verbose:
             done_ms = (time.monotonic_ns() - self.began_ns) / 1e6
             self.say(f"{done_ms:8.1f} ms: {name}: done", level="info", event="step")
-
-    @staticmethod
-    def _coalesce(proxy: Proxy, core: Core, vm: Vm, vcpu: Vcpu) -> None:
-        for place in proxy.instance.ports:
-            for offset in proxy.instance.entry.coalesced(place.space):
-                page = vm.coalesce_ports(place.base + offset - place.offset, 1)
-                if page is not None:
-                    core.coalesce(vcpu.fd, page, proxy.index)
 
     def _say_accesses(self, core: Core, proxies: Sequence[Proxy], pci: PciRoot) -> None:
         """What the guest did to each device, and how long it was kept waiting."""

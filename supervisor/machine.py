@@ -70,6 +70,14 @@ class Instance:
     pci_slot: int | None = None  # bus 0, function 0 of this device number
     opens: Opener | None = None
 
+    def coalesced(self) -> list[int]:
+        """Its ports whose writes KVM may put aside."""
+        return [
+            place.base + offset - place.offset
+            for place in self.ports
+            for offset in self.entry.coalesced(place.space)
+        ]
+
 
 @record
 class Function:

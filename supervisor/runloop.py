@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from kvmcore.exitloop import DeviceGone, is_lost
 from supervisor import ending, reaper
+from supervisor.coalescing import Coalescing
 from supervisor.ending import Ending
 from supervisor.host import Watched
 from supervisor.proxy import CLOSED, PING_EVERY_S, Proxy
@@ -25,7 +26,7 @@ from supervisor.vcputhread import VcpuThread
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LAST_WORDS_S = 2.0  # how long a lost connection waits for the reaper's better word: its maps go first
 _FLUSH_S = 2.0  # how long devices may take to write out what they hold at the end
-_DRAIN_EVERY_MS = 20  # the longest that a halted guest's last writes wait
+_LOOK_MS = round(PING_EVERY_S * 500)
 _VCPU_JOIN_S = 1.0  # on top of the access deadline
 
 
@@ -70,7 +71,7 @@ class RunLoop:
         resized: called when the terminal may have another size.
         watched: whatever else has descriptors.
         access_timeout_s: the longest a vCPU can be held by a device.
-        drain: takes coalesced writes to their devices, if there are any; raises DeviceGone.
+        coalescing: the guest's writes that KVM puts aside.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class RunLoop:
         watched: Sequence[Watched],
         access_timeout_s: float,
         zygote_pid: int,
-        drain: Callable[[], None] | None = None,
+        coalescing: Coalescing | None = None,
     ) -> None:
         self._signals = signals
         self.proxies = proxies
@@ -93,8 +94,7 @@ class RunLoop:
         self._watched = watched
         self._access_timeout_s = access_timeout_s
         self._zygote_pid = zygote_pid
-        self._drain_writes = drain
-        self._wait_ms = round(PING_EVERY_S * 500) if drain is None else _DRAIN_EVERY_MS
+        self._coalescing = coalescing
         self._vcpus: list[VcpuThread] = []
         self._wakeup, self._wakeup_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._ending: Ending | None = None
@@ -147,9 +147,8 @@ class RunLoop:
         for fd, (events, _) in actions.items():
             poll.register(fd, events)
         until_s = time.monotonic() + PING_EVERY_S / 2
-        while not (ready := dict(poll.poll(self._wait_ms))) and time.monotonic() < until_s:
-            self._take_coalesced()
-        self._take_coalesced()
+        while not (ready := dict(poll.poll(self._look_ms()))) and time.monotonic() < until_s:
+            pass
         # A panic or power-off that is followed by a reset counts as what it was.
         for fd, how in self._events:
             if fd in ready:
@@ -166,13 +165,16 @@ class RunLoop:
         for proxy in self.proxies:
             proxy.check_alive(now_s)
 
-    def _take_coalesced(self) -> None:
-        if self._drain_writes is None:
-            return
-        try:
-            self._drain_writes()
-        except DeviceGone as e:
-            self._lost = (e.index, e.cause)
+    def _look_ms(self) -> int:
+        """How long nothing but descriptors needs the main thread."""
+        until_ms = None
+        if self._coalescing is not None:
+            try:
+                until_ms = self._coalescing.look()
+            except DeviceGone as e:
+                self._lost = (e.index, e.cause)
+                return 0
+        return _LOOK_MS if until_ms is None else until_ms
 
     def _actions(self) -> dict[int, tuple[int, Callable[[int, int], None]]]:
         """Descriptor -> (poll events, what to do)."""
@@ -289,7 +291,9 @@ class RunLoop:
         until_s = time.monotonic() + self._access_timeout_s + _VCPU_JOIN_S
         for vcpu in self._vcpus:
             vcpu.kick_until_over(until_s)
-        self._take_coalesced()
+        if self._coalescing is not None:
+            with contextlib.suppress(DeviceGone):  # the VM ends anyway
+                self._coalescing.drain()
         alive = [p for p in self.proxies if not p.reaped]
         for proxy in alive:
             proxy.ask_to_stop()

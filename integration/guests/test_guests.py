@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
-from integration.guests.harness import DEVICE, DONE, REPORT, Device, Guest
+from devproc import wire
+from integration.guests.harness import DEVICE, DONE, LOAD, REPORT, Device, Guest
 from kvmcore import layout
+from kvmcore.abi import Regs
 from kvmcore.exitloop import Exit, ExitKind, Route
 from kvmcore.ioapic import IoApic
 from kvmcore.irq import GsiRouter
 from kvmcore.pic import DualPic
+from supervisor.coalescing import Coalescing
 
 pytestmark = pytest.mark.kvm
 
@@ -94,6 +98,45 @@ def test_coalesced_writes_come_in_order_and_before_a_read(guest: Make) -> None:
     vm.core.mark_dead(0)
     device.finish()
     assert [data for _, _, data in device.writes[400:]] == [0x61] * 3
+
+
+def test_writes_that_the_guest_waits_for_are_soon_coalesced_no_more(guest: Make) -> None:
+    device = Device()
+    vm = guest("late", devices=[device]).real_mode()
+    coalescing = Coalescing(vm.core, vm.vm, vm.vcpus[0])
+    coalescing.add(DEVICE, 0)
+    if coalescing.look() is None:
+        pytest.skip("this KVM coalesces no port writes")
+    aside: list[bool] = []
+
+    def waits(_: Exit) -> None:
+        aside.append(vm.core.oldest_coalesced() is not None)
+        for _look in range(2):
+            coalescing.look()
+            time.sleep(0.005)
+
+    assert finished(vm.run(waits))
+    assert aside == [True] * 3 + [False] * 4
+    assert coalescing.look() is None
+    vm.core.mark_dead(0)
+    device.finish()
+    assert [data for _, _, data in device.writes] == [7, 6, 5, 4, 3, 2, 1]
+
+
+def test_coalescing_goes_on_while_an_exit_takes_the_writes_along(guest: Make) -> None:
+    vm = guest("coalesced", devices=[Device()]).real_mode()
+    coalescing = Coalescing(vm.core, vm.vm, vm.vcpus[0])
+    coalescing.add(DEVICE, 0)
+    if coalescing.look() is None:
+        pytest.skip("this KVM coalesces no port writes")
+    assert finished(vm.run())
+    for _ in range(3):
+        assert vm.core.oldest_coalesced() is not None
+        assert coalescing.look() is not None  # seen for the first time
+        vm.core.read(0, wire.Space.PORT, 0, 1)
+        vm.vcpus[0].set_regs(Regs(rip=LOAD))
+        assert finished(vm.run())
+    assert coalescing.look() is not None
 
 
 def test_a_table_that_changes_while_the_guest_runs_is_used_at_once(guest: Make) -> None:
