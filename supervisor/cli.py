@@ -152,7 +152,7 @@ def _run_arguments(run: argparse.ArgumentParser) -> None:
     add(
         "--transport",
         choices=config.TRANSPORTS,
-        help="how accesses reach a device: a page shared with it, or a message each [socket]",
+        help="how accesses reach a device: a page shared with it, or a message each [mailbox]",
     )
     add("--config", metavar="FILE", help="a TOML file with the same keys; the command line wins")
     add("-v", "--verbose", action="store_true", default=None, help="say what happens at each step")

@@ -343,7 +343,7 @@ class RunConfig:
     jail: str = "full"
     on_device_death: str = "stop"
     device_timeout: float = DEVICE_TIMEOUT_S
-    transport: str = "socket"
+    transport: str = "mailbox"
     verbose: bool = False
     log_format: str = "text"
     jail_report: str | None = None
