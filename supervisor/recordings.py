@@ -25,8 +25,8 @@ from devproc.fuzz.inputs import (
     canonical,
     chunks,
     encode,
+    joined,
     parse,
-    records,
     to_text,
 )
 from devproc.wire import Scalar
@@ -97,12 +97,8 @@ def expected(rep: Rep) -> tuple[Rep, list[list[Any]]]:
     """What is to be done of a recording, and for each of it what came of it (see `Rehearsal.differs`)."""
     done: list[Record] = []
     steps: list[list[Any]] = []
-    pending = b""
-    for r in records(rep.data):
+    for pending, r in joined(rep.data):
         match r.op:
-            case Op.DATA:
-                pending += r.data.to_bytes(8, "little")[: r.size]
-                continue
             case Op.RAISED if steps:
                 steps[-1][1].append([r.aux, r.data])
             case Op.SENT if steps:
@@ -117,7 +113,6 @@ def expected(rep: Rep) -> tuple[Rep, list[list[Any]]]:
                 steps.append(_step(r.data if r.op == Op.READ and r.aux else None))
                 if r.op == Op.EVENT:
                     steps[-1][3]["event"] = [r.aux, r.offset]
-        pending = b""
     if steps:
         steps[0][3]["fences"] = any(fence for step in steps for fence, _, _ in step[3]["memory"])
     return Rep(rep.device, encode(done), rep.params, rep.clock_ns, rep.wall_ns), steps

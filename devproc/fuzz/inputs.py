@@ -33,8 +33,10 @@ A recording of a device with guest memory has these besides.  What follows an op
 from __future__ import annotations
 
 import enum
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -157,6 +159,10 @@ class Rep:
     wall_ns: int = WALL_START_NS
 
 
+_WHOLE: Final = int.from_bytes(RECORD.pack(Op.DATA, 0, CHUNK, 0, 0, 0)[:8], "little")
+"""The first word of DATA that holds as much as it can."""
+
+
 def records(data: bytes) -> Iterator[Record]:
     """The records in `data`; what is left over at its end is no record."""
     return map(Record._make, RECORD.iter_unpack(data[: len(data) - len(data) % RECORD.size]))
@@ -167,11 +173,40 @@ def encode(items: Iterable[Record]) -> bytes:
     return b"".join(RECORD.pack(*r) for r in items)
 
 
+def pack_chunks(data: bytes) -> bytes:
+    """The byte form of DATA records that hold `data`."""
+    whole = len(data) // CHUNK
+    words = array("Q", [_WHOLE, 0]) * whole
+    words[1::2] = array("Q", data[: whole * CHUNK])
+    rest = data[whole * CHUNK :]
+    last = RECORD.pack(Op.DATA, 0, len(rest), 0, 0, int.from_bytes(rest, "little")) if rest else b""
+    return words.tobytes() + last
+
+
 def chunks(data: bytes) -> Iterator[Record]:
     """DATA records that hold `data`."""
-    for at in range(0, len(data), CHUNK):
-        part = data[at : at + CHUNK]
-        yield Record(Op.DATA, size=len(part), data=int.from_bytes(part, "little"))
+    return records(pack_chunks(data))
+
+
+def joined(data: bytes) -> Iterator[tuple[bytes, Record]]:
+    """The records in `data` but for DATA, each with what those before it hold."""
+    whole = memoryview(data)[: len(data) - len(data) % RECORD.size]
+    words = array("Q", bytes(whole))
+    values = words[1::2]
+    held = b""
+    at = 0
+    for is_data, run in groupby(words[::2], _WHOLE.__eq__):
+        end = at + len(list(run))
+        if is_data:
+            held += values[at:end].tobytes()
+        else:
+            for record in map(Record._make, RECORD.iter_unpack(whole[at * RECORD.size : end * RECORD.size])):
+                if record.op == Op.DATA:
+                    held += record.data.to_bytes(CHUNK, "little")[: 1 + (record.size - 1) % CHUNK]
+                else:
+                    yield held, record
+                    held = b""
+        at = end
 
 
 def sizes(data: int) -> tuple[int, ...]:
@@ -223,19 +258,19 @@ def canonical(entry: Entry, data: bytes, *, recorded: bool = False) -> bytes:
     Args:
         recorded: keep what says how the device answered, and any length; otherwise RECORDS_MAX at most.
     """
-    found: list[Record] = []
+    found: list[bytes] = []
     pending = b""
-    for r in records(data):
-        if r.op == Op.DATA:
-            pending += (r.data).to_bytes(8, "little")[: 1 + (r.size - 1) % CHUNK]
-            continue
+    for held, r in joined(data):
+        pending += held
         kept = _canonical(entry, r, recorded)
         if kept is not None:
             if kept.op in _WITH_BYTES:
-                found += chunks(pending if kept.op != Op.GAVE or kept.size == Gave.BYTES else b"")
+                if kept.op != Op.GAVE or kept.size == Gave.BYTES:
+                    found.append(pack_chunks(pending))
                 pending = b""
-            found.append(kept)
-    return encode(found if recorded else found[:RECORDS_MAX])
+            found.append(RECORD.pack(*kept))
+    packed = b"".join(found)
+    return packed if recorded else packed[: RECORDS_MAX * RECORD.size]
 
 
 def stimuli(entry: Entry, data: bytes) -> bytes:
@@ -321,10 +356,8 @@ def to_text(rep: Rep) -> str:
     lines = [" ".join(["vmrep 1", rep.device, *head])]
     pending = b""
     names = signals(entry)
-    for r in records(rep.data):
-        if r.op == Op.DATA:
-            pending += r.data.to_bytes(8, "little")[: r.size]
-            continue
+    for held, r in joined(rep.data):
+        pending += held
         words = [Op(r.op).name.lower()]
         match r.op:
             case Op.READ | Op.WRITE:

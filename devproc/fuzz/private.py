@@ -52,6 +52,7 @@ class PrivateMemory(GuestMemory):
         self._wrote = wrote
         self._lines: dict[int, bytes] = {}  # as they were, or as the guest has them by now
         self._fences = 0
+        self._firsts = {r.offset // _LINE for r in self.regions}
 
     def begin(self) -> None:
         """An operation begins."""
@@ -81,7 +82,14 @@ class PrivateMemory(GuestMemory):
 
     def _offset(self, gpa: int, size: int) -> int:
         at = super()._offset(gpa, size)
-        for line in _lines(at, at + size):
+        lines = _lines(at, at + size)
+        if len(lines) > 1 and self._lines.keys().isdisjoint(lines):
+            low, high = lines.start * _LINE, lines.stop * _LINE
+            now = bytes(self._shared._view[low:high])
+            if now == self._view[low:high]:  # most of what is only written
+                self._lines.update(zip(lines, _cut(now), strict=True))
+                return at
+        for line in lines:
             if line not in self._lines:
                 self._look(line)
         return at
@@ -109,14 +117,14 @@ class PrivateMemory(GuestMemory):
         theirs = self._shared._view
         words = [last for _, last in self._rings()]
         late: list[tuple[int, bytes]] = []
-        for line, before in self._lines.items():
-            at = line * _LINE
-            now = bytes(self._view[at : at + _LINE])
+        for at, before in self._runs():
+            now = bytes(self._view[at : at + len(before)])
             if now == before:
                 continue
+            close = [w for w in words if at <= w.stop and w.start < at + len(now)]
             for low, high in _changes(before, now):
                 self._wrote(at + low, now[low:high])
-                if not any(at + low <= w.stop and w.start < at + high for w in words):
+                if not any(at + low <= w.stop and w.start < at + high for w in close):
                     theirs[at + low : at + high] = now[low:high]
                     continue
                 for is_last, group in groupby(
@@ -130,6 +138,20 @@ class PrivateMemory(GuestMemory):
                         theirs[first:end] = now[first - at : end - at]
         for place, data in sorted(late, reverse=True):  # the driver goes in order
             theirs[place : place + len(data)] = data
+
+    def _runs(self) -> Iterator[tuple[int, bytes]]:
+        """Where the lines are in the file and what they were; in one those that follow in a region."""
+        held: list[bytes] = []
+        first = following = -1
+        for line, before in self._lines.items():
+            if line != following or line in self._firsts:
+                if held:
+                    yield first * _LINE, b"".join(held)
+                first, held = line, []
+            held.append(before)
+            following = line + 1
+        if held:
+            yield first * _LINE, b"".join(held)
 
     def _rings(self) -> Iterator[tuple[list[tuple[int, int]], range]]:
         """Where in the file the areas of each queue are, and the words that tell a driver of the rest."""
@@ -149,6 +171,10 @@ def new_copy(size: int) -> mmap.mmap:
 
 def _lines(low: int, high: int) -> range:
     return range(low // _LINE, -(-high // _LINE))
+
+
+def _cut(data: bytes) -> Iterator[bytes]:
+    return (data[at : at + _LINE] for at in range(0, len(data), _LINE))
 
 
 def _changes(before: bytes, after: bytes) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ from typing import Any, Final, NoReturn
 
 from devproc import child, jail
 from devproc.catalog import Entry
-from devproc.fuzz.inputs import RECORD, Gave, Op, Record, chunks
+from devproc.fuzz.inputs import RECORD, Gave, Op, Record, pack_chunks
 from devproc.fuzz.private import PrivateMemory, new_copy
 from devproc.ports import Device
 from devproc.virtio import spec
@@ -106,7 +106,7 @@ class Recorded:
         self._raised: dict[int, int] = {}
         self._signals: list[Callable[[], None]] = []  # which the guest gets when it sees what was written
         self._sent = bytearray()
-        self._said: list[Record] = []  # in the operation, of memory and ports
+        self._said = bytearray()  # records, in the operation, of memory and ports
         self._inside = False  # an operation
         self._deaf = False  # to what is no operation
         self._memory: PrivateMemory | None = None
@@ -155,10 +155,10 @@ class Recorded:
         return ((queue._areas.ranges, packed) for queue in device.queues if queue is not None)
 
     def _saw(self, at: int, fence: int, data: bytes) -> None:
-        self._said += [*chunks(data), Record(Op.MEMORY, offset=fence, data=self._gpa(at))]
+        self._said += pack_chunks(data) + RECORD.pack(Op.MEMORY, 0, 0, 0, fence, self._gpa(at))
 
     def _wrote(self, at: int, data: bytes) -> None:
-        self._said += [*chunks(data), Record(Op.WROTE, data=self._gpa(at))]
+        self._said += pack_chunks(data) + RECORD.pack(Op.WROTE, 0, 0, 0, 0, self._gpa(at))
 
     def _gpa(self, at: int) -> int:
         assert self._memory is not None
@@ -234,22 +234,24 @@ class Recorded:
         if self._memory is not None:
             self._memory.begin()
 
-    def note(self, *items: Record) -> None:
-        """Write down an operation that was done, and what came of it."""
+    def note(self, item: Record, data: bytes = b"") -> None:
+        """Write down an operation that was done, with `data`, and what came of it."""
         while (due := self._device.deadline_ns) is not None and due <= self._now_ns:
             self._device.on_deadline(self._now_ns)
         if self._memory is not None:
             self._memory.end()
         self._alive()
-        self._append(*items, *self._said)
+        self._append(pack_chunks(data), RECORD.pack(*item), self._said)
         self._inside = False
         self._said.clear()
         for signal in self._signals:
             signal()
         self._signals.clear()
-        self._append(*(Record(Op.RAISED, aux=n, data=count) for n, count in sorted(self._raised.items())))
+        self._append(
+            *(RECORD.pack(Op.RAISED, 0, 0, n, 0, count) for n, count in sorted(self._raised.items()))
+        )
         if self._sent:
-            self._append(*chunks(bytes(self._sent)), Record(Op.SENT))
+            self._append(pack_chunks(bytes(self._sent)), RECORD.pack(*Record(Op.SENT)))
         self._raised.clear()
         self._sent.clear()
 
@@ -257,7 +259,7 @@ class Recorded:
         """A port of the host calls the device, in an operation of its own or by what it is asked in one."""
         record = Record(Op.EVENT, space=self._inside, aux=port, offset=which)
         if self._inside:
-            self._said.append(record)
+            self._said += RECORD.pack(*record)
             function()
         else:
             self.tick()
@@ -291,15 +293,16 @@ class Recorded:
 
     def _gave(self, port: int, kind: Gave, asked: int, data: bytes = b"", number: int = 0) -> None:
         if not self._deaf:
-            self._said += [*chunks(data), Record(Op.GAVE, 0, kind, port, asked, number)]
+            self._said += pack_chunks(data) + RECORD.pack(Op.GAVE, 0, kind, port, asked, number)
 
-    def _append(self, *items: Record) -> None:
+    def _append(self, *items: bytes | bytearray) -> None:
+        """Whole records, the first of which is an operation's or what came of one."""
         for item in items:
             at = RECORDS_AT + self._end
-            self._full |= at + RECORD.size > len(self._record)
+            self._full |= at + len(item) > len(self._record)
             if not self._full:
-                RECORD.pack_into(self._record, at, *item)
-                self._end += RECORD.size
+                self._record[at : at + len(item)] = item
+                self._end += len(item)
         HEAD.pack_into(self._record, 0, self._end, *self._started, self._full)
 
 
@@ -353,21 +356,21 @@ class _Input:
     def __init__(self, recorded: Recorded, port: Any) -> None:
         self._recorded = recorded
         self._port = port
-        self._got: list[Record] = []
+        self._got = b""
 
     def listen(self, wanted: Callable[[], bool], on_input: Callable[[], None]) -> None:
         def on_ready() -> None:
             self._recorded.tick()
             on_input()
             if self._got:
-                self._recorded.note(*self._got, Record(Op.INPUT))
-                self._got = []
+                self._recorded.note(Record(Op.INPUT), self._got)
+                self._got = b""
 
         self._port.listen(wanted, on_ready)
 
     def read(self, limit: int) -> bytes:
         data: bytes = self._port.read(limit)
-        self._got += chunks(data)
+        self._got += data
         return data
 
 

@@ -45,7 +45,8 @@ def test_what_linux_has_asked_is_answered_again_as_it_was(tmp_path: Path, booted
     words = [w for p in ("quiet", "tsc=reliable", "nokaslr", "mitigations=off") for w in ("-p", p)]
     vmsup = vm.run(
         *("--jail", "--record", str(record), "-i", str(initrd), *words, "--block", str(disk)),
-        *("--net", TAP, "--console", f"type=file,path={tmp_path / 'console'}", "--balloon"),
+        *("--net", TAP, "--balloon", "--serial", "type=stdio,num=1,console"),
+        *("--serial", f"type=file,path={tmp_path / 'console'},hardware=virtio-console"),
         str(kernel.bzimage),
         user=("unshare", "--net", "sh", "-c", NAMESPACE, "sh"),
     )
