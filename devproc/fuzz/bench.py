@@ -267,6 +267,8 @@ class Bench:
         if again != steps:
             where = next(i for i, (a, b) in enumerate(zip(again, steps, strict=True)) if a != b)
             raise Finding("fresh", f"operation {where}: {steps[where]} from a new model, not {again[where]}")
+        if (ours := self.model.counters()) != (theirs := other.model.counters()):
+            raise Finding("fresh", f"a new model counts {theirs}, not {ours}")
         if self._spare is None:
             self._spare = self._make()
         self._spare.reset()

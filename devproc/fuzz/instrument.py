@@ -1,8 +1,9 @@
 """Coverage: device modules compiled with a store into a map at the start of every block (PEP 302, ast).
 
-A block is the body of a function, of a branch (also of an `if` without `else`, not taken), a loop, a handler
-or a `case`.  Numbers follow the source text alone, so that two processes mean the same block by the same
-number. Left out: conditional expressions and comprehensions, which are part of the block they stand in.
+A block is the body of a function that is more than a text, of a branch (also of an `if` without `else`, not
+taken), a loop, a handler or a `case`.  Numbers follow the source text alone, so that two processes mean the
+same block by the same number. Left out: conditional expressions and comprehensions, which are part of the
+block they stand in.
 """
 
 from __future__ import annotations
@@ -173,9 +174,7 @@ class _Marker(ast.NodeTransformer):
             col_offset=0,
         )
         self._next += 1
-        first = body[0] if body else None
-        documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-        body.insert(1 if documented else 0, store)
+        body.insert(1 if body and _is_text(body[0]) else 0, store)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         self._where.append(node.name)
@@ -185,7 +184,8 @@ class _Marker(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self._where.append(node.name)
-        self._mark(node.body, node.lineno)
+        if len(node.body) > 1 or not _is_text(node.body[0]):
+            self._mark(node.body, node.lineno)
         self.generic_visit(node)
         self._where.pop()
         return node
@@ -207,3 +207,7 @@ class _Marker(ast.NodeTransformer):
         return node
 
     visit_For = visit_While = visit_ExceptHandler = visit_match_case = _visit_body
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)

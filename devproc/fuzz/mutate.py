@@ -32,7 +32,7 @@ from devproc.fuzz.shapes import FIRST_OF, SHAPES, SHAPES_OF, TEXTS_OF, Shape
 from devproc.regs import INDEXED, Table
 from devproc.wire import SIZES
 
-LENGTH_MAX: Final = 32 * RECORD.size  # of what mutation makes: short inputs are quick, and are read by people
+LENGTH_MAX: Final = 32 * RECORD.size  # of what mutation adds: short inputs are quick, and are read by people
 _SIZE: Final = RECORD.size
 _SLOW: Final = 0.001  # how many of the operations are those that cost as much as a hundred others
 _RESTART: Final = bytes([Op.RESTART])
@@ -86,14 +86,13 @@ class Mutator:
         for write in {w[:8]: w for w in writes}.values():  # each register once
             slow.append([Record(*RECORD.unpack(write)), Record(Op.REPEAT, data=3000)])
         self._starts: list[bytes] = []
-        self._first = b""
+        self._first = [_sent(shape, shape.queue or 0) for shape in FIRST_OF.get(entry.name, ())]
+        self._most = LENGTH_MAX + sum(map(len, self._first))
         if entry.virtio is not None:
             starts = [
                 [Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(START_CHOICES)
             ]
             self._starts = [encode(r) for r in starts]
-            if first := FIRST_OF.get(entry.name):
-                self._first = _sent(first, first.queue or 0)
             slow += starts
         self._slow = [encode(r) for r in slow]
 
@@ -147,12 +146,11 @@ class Mutator:
         return [(12, right), (2, wrong), (1, kicks)]
 
     def fresh(self) -> bytes:
-        """A new input; that of a virtio device may begin with how its driver starts it."""
+        """A new input; that of a virtio device may begin with how its driver starts it, and what it needs."""
         start = b""
         if self._starts and self.random() < 0.5:
             start = self._starts[int(self.random() * len(self._starts))]
-        if self.random() < 0.9:
-            start += self._first
+        start += b"".join(self._first[: int(self.random() * (len(self._first) + 1))])
         return start + b"".join(self._snippet() for _ in range(1 + int(self.random() * 8)))
 
     def _snippet(self) -> bytes:
@@ -166,11 +164,11 @@ class Mutator:
         start = b""
         if data[:1] == _RESTART and rnd() < 0.95:  # it costs most where it is not the first
             start, data = data[:_SIZE], data[_SIZE:]
-        return (start + self._mutated(data, other))[:LENGTH_MAX]
+        return (start + self._mutated(data, other))[: self._most]
 
     def tail(self, data: bytes, other: bytes) -> bytes:
         """`data`, the end of an input, changed in a place or two: what is run again and again is short."""
-        return self._mutated(data, other[_SIZE:] if other[:1] == _RESTART else other, 0.85)[:LENGTH_MAX]
+        return self._mutated(data, other[_SIZE:] if other[:1] == _RESTART else other, 0.85)[: self._most]
 
     def _mutated(self, data: bytes, other: bytes, enough: float = 0.45) -> bytes:
         rnd = self.random

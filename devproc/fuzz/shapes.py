@@ -48,7 +48,7 @@ def _packet(
 # What the tree of a bench has, and a name that is new; nodes and files are numbered from the first one on.
 _NAMES: Final = (b"file\0", b"big\0", b"secret\0", b"dir\0", b"link\0", b"pipe\0", b"new\0")
 _NODES: Final = (1, 2, 3)
-_INIT: Final = _fuse(Opcode.INIT, pack("<4I48x", 7, 38, 1 << 17, 0xFFFF_FFFF), 0)
+_INIT: Final = _fuse(Opcode.INIT, pack("<4I", 7, 38, 1 << 17, 0xFFFF_FFFF), 0)
 _HOST_PORT: Final = 1 << 30  # of the first program that calls
 
 SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
@@ -92,7 +92,7 @@ SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
     # 5.11.6, and <linux/fuse.h>
     "virtio-fs": (
         _INIT,
-        _fuse(Opcode.INIT, pack("<4I48x", 7, 30, 0, 0), 0), _fuse(Opcode.INIT, pack("<4I48x", 8, 0, 0, 0), 0),
+        _fuse(Opcode.INIT, pack("<4I", 7, 30, 0, 0), 0), _fuse(Opcode.INIT, pack("<4I", 8, 0, 0, 0), 0),
         *(_fuse(op, name, node)
           for op, name, node in product((Opcode.LOOKUP, Opcode.UNLINK, Opcode.RMDIR), _NAMES, (1, 2))),
         *(_fuse(op, body + name, node)
@@ -134,6 +134,10 @@ SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
               *((Opcode.LSEEK, pack("<2QII", 1, 0, whence, 0), 8) for whence in (2, 3, 4)),
           )
           for node in _NODES),
+        *(_fuse(op, _transfer(2, offset, size), 1, room)
+          for op in (Opcode.READDIR, Opcode.READDIRPLUS)
+          for offset, size, room in ((0, 4096, 4096), (2, 200, 300), (0, 8, 100), (0, 60, 60))),
+        *(_fuse(op, pack("<QIIQ", 2, 0, 0, 0), 1, 0) for op in (Opcode.RELEASEDIR, Opcode.FSYNCDIR)),
         *(_fuse(Opcode.FORGET, pack("<Q", 1), node, 0, 0) for node in _NODES),
         _fuse(Opcode.BATCH_FORGET, pack("<II4Q", 2, 0, 2, 1, 3, 1), 0, 0, 0),
         _fuse(Opcode.BATCH_FORGET, pack("<II4Q", 3, 0, 2, 1, 3, 1), 0, 0, 0),
@@ -153,8 +157,19 @@ SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
 }  # fmt: skip
 SHAPES_OF["virtio-net-stream"] = SHAPES_OF["virtio-net"]
 
-FIRST_OF: Final = {"virtio-fs": _INIT}
-"""What a driver begins with, and without which it gets nothing."""
+FIRST_OF: Final[dict[str, tuple[Shape, ...]]] = {
+    "virtio-fs": (
+        _INIT,
+        _fuse(Opcode.LOOKUP, b"file\0"),
+        _fuse(Opcode.OPEN, pack("<2I", 2, 0), 2, 16),
+        _fuse(Opcode.OPENDIR, bytes(8), 1, 16),
+    ),
+    "virtio-vsock": (
+        *(Shape(b"", (0, 0, 44, 1500), 0),) * 2,
+        _packet(1, 0),
+    ),
+}
+"""What a driver begins with, and without which it gets nothing: some of it, from the first on."""
 
 TEXTS_OF: Final[dict[str, tuple[bytes, ...]]] = {
     "virtio-vsock": (
