@@ -191,7 +191,7 @@ class Executor:
     def _made(self, mutator: Mutator) -> bytes:
         """A new input, or one of the corpus that is changed."""
         rnd, corpus = self._random, self._corpus
-        if rnd() < 0.02 + 1 / (1 + len(corpus)):
+        if rnd() < mutator.freshness + 1 / (1 + len(corpus)):
             return mutator.fresh()
         # The later ones are the deeper ones.
         data = corpus[int(rnd() ** 0.5 * len(corpus))]

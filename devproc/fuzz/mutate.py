@@ -44,6 +44,8 @@ _TEXTS: Final = (b"a", b"\r", b"\x03", b"\x00\xff", b"typed at once", bytes(rang
 class Mutator:
     """A source of inputs for one device; `random` gives it a number in [0, 1), and may be used by others.
 
+    `freshness`: how many inputs should be new ones.
+
     Args:
         entry: its kind.
         tables: its registers.
@@ -86,8 +88,9 @@ class Mutator:
         for write in {w[:8]: w for w in writes}.values():  # each register once
             slow.append([Record(*RECORD.unpack(write)), Record(Op.REPEAT, data=3000)])
         self._starts: list[bytes] = []
-        self._first = [_sent(shape, shape.queue or 0) for shape in FIRST_OF.get(entry.name, ())]
-        self._most = LENGTH_MAX + sum(map(len, self._first))
+        self._first = [list(map(_first, parts)) for parts in FIRST_OF.get(entry.name, ())]
+        self._most = LENGTH_MAX + max([len(b"".join(parts)) for parts in self._first], default=0)
+        self.freshness = 0.2 if self._first else 0.02
         if entry.virtio is not None:
             starts = [
                 [Record(Op.RESTART, size=QUEUE_SHIFT_MAX, offset=choice)] for choice in range(START_CHOICES)
@@ -150,7 +153,9 @@ class Mutator:
         start = b""
         if self._starts and self.random() < 0.5:
             start = self._starts[int(self.random() * len(self._starts))]
-        start += b"".join(self._first[: int(self.random() * (len(self._first) + 1))])
+        if self._first:
+            parts = self._first[int(self.random() * len(self._first))]
+            start += b"".join(parts[: 1 + int(self.random() * len(parts))])
         return start + b"".join(self._snippet() for _ in range(1 + int(self.random() * 8)))
 
     def _snippet(self) -> bytes:
@@ -243,6 +248,14 @@ def _sent(shape: Shape, queue: int, twist: int = Twist.PLAIN) -> bytes:
     """A chain, and a kick."""
     chain = Record(Op.CHAIN, queue, aux=twist, data=packed(*shape.sizes))
     return encode([*chunks(shape.data), chain, Record(Op.KICK, queue)])
+
+
+def _first(part: Shape | bytes | int) -> bytes:
+    if isinstance(part, Shape):
+        return _sent(part, part.queue or 0)
+    if isinstance(part, bytes):
+        return encode([*chunks(part), Record(Op.INPUT)])
+    return encode([Record(Op.ROOM, data=part)])
 
 
 assert LENGTH_MAX <= RECORDS_MAX * _SIZE

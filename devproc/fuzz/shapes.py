@@ -47,8 +47,10 @@ def _packet(
 
 # What the tree of a bench has, and a name that is new; nodes and files are numbered from the first one on.
 _NAMES: Final = (b"file\0", b"big\0", b"secret\0", b"dir\0", b"link\0", b"pipe\0", b"new\0")
-_NODES: Final = (1, 2, 3)
+_NODES: Final = (1, 2)
 _INIT: Final = _fuse(Opcode.INIT, pack("<4I", 7, 38, 1 << 17, 0xFFFF_FFFF), 0)
+_CREATE: Final = _fuse(Opcode.CREATE, pack("<4I", 0o102, 0o644, 0, 0) + b"new\0")
+_ROOM: Final = (Shape(b"", (0, 0, 44, 1500), 0),) * 4
 _HOST_PORT: Final = 1 << 30  # of the first program that calls
 
 SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
@@ -93,23 +95,21 @@ SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
     "virtio-fs": (
         _INIT,
         _fuse(Opcode.INIT, pack("<4I", 7, 30, 0, 0), 0), _fuse(Opcode.INIT, pack("<4I", 8, 0, 0, 0), 0),
-        *(_fuse(op, name, node)
-          for op, name, node in product((Opcode.LOOKUP, Opcode.UNLINK, Opcode.RMDIR), _NAMES, (1, 2))),
-        *(_fuse(op, body + name, node)
+        *(_fuse(Opcode.LOOKUP, name) for name in _NAMES), _fuse(Opcode.LOOKUP, b"file\0", 2),
+        *(_fuse(op, name) for op in (Opcode.UNLINK, Opcode.RMDIR) for name in (b"file\0", b"dir\0")),
+        *(_fuse(op, body + b"new\0", node)
           for op, body in (
               (Opcode.MKNOD, pack("<4I", 0o100644, 0, 0, 0)), (Opcode.MKNOD, pack("<4I", 0o10644, 0, 0, 0)),
-              (Opcode.MKDIR, pack("<2I", 0o755, 0)), (Opcode.LINK, pack("<Q", 2)), (Opcode.SYMLINK, b""),
-              (Opcode.CREATE, pack("<4I", 0o102, 0o644, 0, 0)), (Opcode.CREATE, pack("<4I", 0o1202, 0, 0, 0)),
+              (Opcode.MKDIR, pack("<2I", 0o755, 0)), (Opcode.LINK, pack("<Q", 2)),
+              (Opcode.CREATE, pack("<4I", 0o1202, 0, 0, 0)),
           )
-          for name, node in product((b"new\0", b"file\0"), (1, 2))),
-        *(_fuse(Opcode.SYMLINK, name + b"dir/file\0", node)
-          for name, node in product((b"a\0", b"dir\0"), (1, 2))),
-        *(_fuse(op, pack("<Q", to) + flags + before + after, node)
-          for op, flags in (
-              (Opcode.RENAME, b""), *((Opcode.RENAME2, pack("<II", how, 0)) for how in (0, 1, 2, 4))
-          )
-          for before, after in product((b"file\0", b"dir\0"), (b"new\0", b"big\0"))
-          for node, to in product((1, 2), (1, 2))),
+          for node in _NODES),
+        _CREATE, _fuse(Opcode.CREATE, pack("<4I", 2, 0, 0, 0) + b"file\0"),
+        _fuse(Opcode.SYMLINK, b"new\0dir/file\0"), _fuse(Opcode.SYMLINK, b"dir\0dir/file\0", 2),
+        _fuse(Opcode.SYMLINK, b"new\0\0"),
+        *(_fuse(Opcode.RENAME, pack("<Q", to) + b"file\0new\0") for to in _NODES),
+        *(_fuse(Opcode.RENAME2, pack("<QII", 1, how, 0) + names)
+          for how in (0, 1, 2, 4) for names in (b"file\0new\0", b"dir\0file\0")),
         *(_fuse(op, body, node, room)
           for op, body, room in (
               (Opcode.GETATTR, pack("<IIQ", 0, 0, 0), 104), (Opcode.GETATTR, pack("<IIQ", 1, 0, 1), 104),
@@ -121,23 +121,18 @@ SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
                             (432,))),
           )
           for node in _NODES),
-        *(_fuse(op, body, node, room)
-          for op, body, room in (
-              *((op, _transfer(1, offset, size), room)
-                for op in (Opcode.READ, Opcode.READDIR, Opcode.READDIRPLUS)
-                for offset, size, room in ((0, 4096, 4096), (2, 200, 300), (0, 8, 100))),
-              *((Opcode.WRITE, _transfer(1, offset, 11) + b"hello again", 8) for offset in (0, 5000)),
-              (Opcode.WRITE, _transfer(1, 0, 12) + b"hello again", 8),
-              *((op, pack("<QIIQ", 1, 0, 0, 0), 0) for op in (Opcode.RELEASE, Opcode.RELEASEDIR)),
-              *((op, pack("<QII", 1, 0, 0), 0) for op in (Opcode.FSYNC, Opcode.FSYNCDIR)),
-              *((Opcode.FALLOCATE, pack("<3QII", 1, 2, 3, mode, 0), 0) for mode in (0, 1, 3, 16, 8)),
-              *((Opcode.LSEEK, pack("<2QII", 1, 0, whence, 0), 8) for whence in (2, 3, 4)),
-          )
-          for node in _NODES),
-        *(_fuse(op, _transfer(2, offset, size), 1, room)
-          for op in (Opcode.READDIR, Opcode.READDIRPLUS)
-          for offset, size, room in ((0, 4096, 4096), (2, 200, 300), (0, 8, 100), (0, 60, 60))),
-        *(_fuse(op, pack("<QIIQ", 2, 0, 0, 0), 1, 0) for op in (Opcode.RELEASEDIR, Opcode.FSYNCDIR)),
+        *(_fuse(op, _transfer(1, offset, size), node, room)
+          for op, node in ((Opcode.READ, 2), (Opcode.READDIR, 1), (Opcode.READDIRPLUS, 1))
+          for offset, size, room in ((0, 4096, 4096), (2, 200, 300), (0, 8, 100), (5000, 60, 60))),
+        *(_fuse(op, body, node, 0)
+          for op, node, body in (
+              (Opcode.RELEASE, 2, pack("<QIIQ", 1, 0, 0, 0)), (Opcode.FSYNC, 2, pack("<QII", 1, 0, 0)),
+              (Opcode.RELEASEDIR, 1, pack("<QIIQ", 1, 0, 0, 0)), (Opcode.FSYNCDIR, 1, pack("<QII", 1, 0, 0)),
+          )),
+        *(_fuse(Opcode.WRITE, _transfer(1, offset, 11) + b"hello again", 2, 8) for offset in (0, 5000)),
+        _fuse(Opcode.WRITE, _transfer(1, 0, 12) + b"hello again", 2, 8),
+        *(_fuse(Opcode.FALLOCATE, pack("<3QII", 1, 2, 3, mode, 0), 2, 0) for mode in (0, 1, 3, 16, 8)),
+        *(_fuse(Opcode.LSEEK, pack("<2QII", 1, 0, whence, 0), 2, 8) for whence in (2, 3, 4)),
         *(_fuse(Opcode.FORGET, pack("<Q", 1), node, 0, 0) for node in _NODES),
         _fuse(Opcode.BATCH_FORGET, pack("<II4Q", 2, 0, 2, 1, 3, 1), 0, 0, 0),
         _fuse(Opcode.BATCH_FORGET, pack("<II4Q", 3, 0, 2, 1, 3, 1), 0, 0, 0),
@@ -157,19 +152,22 @@ SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
 }  # fmt: skip
 SHAPES_OF["virtio-net-stream"] = SHAPES_OF["virtio-net"]
 
-FIRST_OF: Final[dict[str, tuple[Shape, ...]]] = {
+FIRST_OF: Final[dict[str, tuple[tuple[Shape | bytes | int, ...], ...]]] = {
     "virtio-fs": (
-        _INIT,
-        _fuse(Opcode.LOOKUP, b"file\0"),
-        _fuse(Opcode.OPEN, pack("<2I", 2, 0), 2, 16),
-        _fuse(Opcode.OPENDIR, bytes(8), 1, 16),
+        (_INIT, _fuse(Opcode.LOOKUP, b"file\0"), _fuse(Opcode.OPEN, pack("<2I", 2, 0), 2, 16)),
+        (_INIT, _fuse(Opcode.OPENDIR, bytes(8), 1, 16)),
+        (_INIT, _CREATE),
+        *((_INIT, _fuse(Opcode.LOOKUP, name)) for name in _NAMES[1:-1]),
     ),
     "virtio-vsock": (
-        *(Shape(b"", (0, 0, 44, 1500), 0),) * 2,
-        _packet(1, 0),
+        (*_ROOM, _packet(1, 0), _packet(5, 0, b"to the host")),
+        (*_ROOM, _packet(1, 0), 0, _packet(5, 0, b"to the host")),
+        (*_ROOM, _packet(1, 0, room=10), b""),
+        (*_ROOM, _packet(1, 2)),
+        (*_ROOM, b"CONNECT 1\n", _packet(2, _HOST_PORT)),
     ),
 }
-"""What a driver begins with, and without which it gets nothing: some of it, from the first on."""
+"""How some inputs begin: what a driver sends, what a program says that calls, how much the programs take."""
 
 TEXTS_OF: Final[dict[str, tuple[bytes, ...]]] = {
     "virtio-vsock": (
