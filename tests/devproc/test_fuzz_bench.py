@@ -9,6 +9,7 @@ import pytest
 
 from devproc import child
 from devproc.catalog import CATALOG, Entry
+from devproc.devices.virtio_vsock import HEADER, HOST_CID, HOST_PORT, TYPE_STREAM, Op
 from devproc.fuzz import instrument
 from devproc.fuzz.bench import Bench, Step, memory_of
 from devproc.fuzz.finding import Finding
@@ -318,3 +319,35 @@ def test_hypothesis_drives_the_same_target(tmp_path: Path, monkeypatch: pytest.M
     assert found.value.kind == bug.kind
     (text,) = (line for line in found.value.__notes__ if line.startswith("vmrep 1 i8042"))
     assert len(list(records(parse(text).data))) == 2
+
+
+def ran(device: str, lines: str) -> list[Step]:
+    steps: list[Step] = []
+    bench = bench_of(CATALOG[device])
+    bench.run(input_of(CATALOG[device], lines), steps)
+    return steps
+
+
+def packet(op: Op, port: int, data: bytes = b"") -> str:
+    header = HEADER.pack(3, HOST_CID, 1, port, len(data), TYPE_STREAM, op, 0, 1 << 18, 0)
+    return f"chain 1 {HEADER.size} {len(data)} 0 0 plain {(header + data).hex()}; kick 1; "
+
+
+def test_programs_of_the_host_call_are_called_and_hear_what_the_guest_sends() -> None:
+    room = "chain 0 0 0 44 100 plain; kick 0; " * 4
+    said = packet(Op.RW, 0, b"hi")
+    assert ran("virtio-vsock", room + packet(Op.REQUEST, 0) + said)[-1].sent == b"hi"
+    assert ran("virtio-vsock", room + packet(Op.REQUEST, 1) + said)[-1].sent == b"", "nobody listens there"
+    call = f"input {b'CONNECT 1'.hex()}0a; " + packet(Op.RESPONSE, HOST_PORT)
+    assert ran("virtio-vsock", room + call)[-1].sent == b"OK 1073741824\n"
+    late = room + packet(Op.REQUEST, 2), packet(Op.RW, 2, b"hi")
+    assert ran("virtio-vsock", "".join(late))[-1].sent == b"", "the program has not answered"
+    assert ran("virtio-vsock", "input 00; ".join(late))[-1].sent == b"hi"
+
+
+@pytest.mark.parametrize(("held", "status"), [("", 0), ("input 01; ", 15), ("input 01; input; ", 0)])
+def test_a_back_end_stops_its_rings_when_it_likes(held: str, status: int) -> None:
+    write_and_read = "write BAR0 0x14 1 0x0; read BAR0 0x14 1"
+    assert ran("vhost-user-blk", held + write_and_read)[-1].value == status
+    patience = "clock 10000000000; read BAR0 0x14 1"
+    assert ran("vhost-user-blk", f"{held}{write_and_read}; {patience}")[-1].value == 0
