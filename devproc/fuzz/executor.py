@@ -118,8 +118,8 @@ class Executor:
         self._access = access  # held open as every device holds it
         loaded = [sys.modules[name] for name in instrument.modules(entry)]
         self._words = sorted({word for m in loaded for word in getattr(m, instrument.WORDS)})
-        self._blocks = instrument.attach(loaded, page.map)
-        self._zeros = bytes(self._blocks)
+        self._loading = instrument.attach(loaded, page.map)
+        self._blocks = len(self._loading)
         self._mutator: Mutator | None = None
         self._corpus: list[bytes] = []
         self._seen = 0
@@ -346,7 +346,7 @@ class Executor:
     def _begin(self, data: bytes) -> None:
         self._runs += 1
         self._page.begin(self._runs, data)
-        self._page.map[: self._blocks] = self._zeros
+        self._page.map[: self._blocks] = self._loading
 
     def _alive(self) -> None:
         """Tell who watches that this goes on, if not with another input."""
@@ -358,7 +358,9 @@ class Executor:
         self._seen |= int.from_bytes(self._page.map[: self._blocks], "little")
 
     def _new_bench(self) -> Bench:
-        self._started = {b"": self._zeros}  # blocks by the beginning of inputs that the bench has a mark for
+        self._started = {
+            b"": self._loading
+        }  # blocks by the beginning of inputs that the bench has a mark for
         return Bench(self._entry, self._model, self._params, memory=self._memory, alive=self._alive)
 
     def _indices(self, bits: int) -> list[int]:

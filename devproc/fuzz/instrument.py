@@ -100,12 +100,14 @@ def load(entry: Entry) -> type[Any]:
     return model
 
 
-def attach(loaded: Sequence[ModuleType], cov: Any) -> int:
-    """Have the blocks of these modules, those of an entry, store into `cov`; returns how many there are."""
-    for module in loaded:
-        setattr(module, MAP, cov)
+def attach(loaded: Sequence[ModuleType], cov: Any) -> bytes:
+    """Have the blocks of these modules, those of an entry, store into `cov`; what loading them has stored."""
     total: int = max(getattr(module, _END) for module in loaded)
-    return total
+    reached = 0
+    for module in loaded:
+        reached |= int.from_bytes(getattr(module, MAP)[:total], "little")
+        setattr(module, MAP, cov)
+    return reached.to_bytes(total, "little")
 
 
 class _Finder(MetaPathFinder):

@@ -188,6 +188,9 @@ def test_blocks_are_numbered_by_the_text_and_reached_by_running(
         "class Model:\n"
         "    def none(self):\n"  # 5
         "        pass\n"
+        "    def text(self):\n"
+        '        """Has no code."""\n'
+        "sign(7)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     entry = Entry("covered", "", "covered_text", "Model", regions=())
@@ -199,10 +202,11 @@ def test_blocks_are_numbered_by_the_text_and_reached_by_running(
     module = sys.modules["covered_text"]
     assert module.sign.__doc__ == "Doc."
     assert 0x1234 in getattr(module, instrument.WORDS)
+    assert instrument.attach([module], bytearray(16)) == bytes([1, 1, 0, 0, 0, 0]), "by loading it"
 
     def reached(n: int) -> list[int]:
         cov = bytearray(16)
-        assert instrument.attach([module], cov) == 6
+        assert len(instrument.attach([module], cov)) == 6
         module.sign(n)
         return [i for i, byte in enumerate(cov) if byte]
 
