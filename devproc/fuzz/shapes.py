@@ -52,6 +52,7 @@ _INIT: Final = _fuse(Opcode.INIT, pack("<4I", 7, 38, 1 << 17, 0xFFFF_FFFF), 0)
 _CREATE: Final = _fuse(Opcode.CREATE, pack("<4I", 0o102, 0o644, 0, 0) + b"new\0")
 _ROOM: Final = (Shape(b"", (0, 0, 44, 1500), 0),) * 4
 _HOST_PORT: Final = 1 << 30  # of the first program that calls
+_VHOST_USER: Final = ("vhost-user-blk", "vhost-user-net", "vhost-user-fs")
 
 SHAPES_OF: Final[dict[str, tuple[Shape, ...]]] = {
     # 5.2.6: type, reserved, sector; data (zeros, where nothing is said); status
@@ -159,6 +160,7 @@ FIRST_OF: Final[dict[str, tuple[tuple[Shape | bytes | int, ...], ...]]] = {
         (_INIT, _CREATE),
         *((_INIT, _fuse(Opcode.LOOKUP, name)) for name in _NAMES[1:-1]),
     ),
+    **dict.fromkeys(_VHOST_USER, ((b"\1",), ())),
     "virtio-vsock": (
         (*_ROOM, _packet(1, 0), _packet(5, 0, b"to the host")),
         (*_ROOM, _packet(1, 0), 0, _packet(5, 0, b"to the host")),
@@ -169,16 +171,16 @@ FIRST_OF: Final[dict[str, tuple[tuple[Shape | bytes | int, ...], ...]]] = {
 }
 """How some inputs begin: what a driver sends, what a program says that calls, how much the programs take."""
 
+_ANSWERS: Final = (
+    *(pack_reply(Request.GET_VRING_BASE, VringState(ring, base)) for ring, base in product((0, 1), (0, 5))),
+    pack_reply(Request.GET_FEATURES, 1),
+)
+
 TEXTS_OF: Final[dict[str, tuple[bytes, ...]]] = {
     "virtio-vsock": (
         b"", b"\xff", b"CONNECT 1\n", b"CONNECT 1\nand more", b"CONNECT 4294967296\n", b"CONNECT",
         b"CONNECT 12345678901234567890\n", b"from the host",
     ),
+    **dict.fromkeys(_VHOST_USER, (b"", b"\1", b"\2", b"\3", b"\4", *_ANSWERS)),
 }  # fmt: skip
 """What comes from the host."""
-_ANSWERS: Final = (
-    *(pack_reply(Request.GET_VRING_BASE, VringState(ring, base)) for ring, base in product((0, 1), (0, 5))),
-    pack_reply(Request.GET_FEATURES, 1),
-)
-for _name in ("vhost-user-blk", "vhost-user-net", "vhost-user-fs"):
-    TEXTS_OF[_name] = (b"", b"\1", b"\2", b"\3", b"\4", *_ANSWERS)
