@@ -330,7 +330,7 @@ class Line(Source, Drain):
     def act(self) -> None:
         if self._readable():
             self._on_readable()
-        else:
+        if self.is_open and self._writable():
             self._on_writable()
 
 
