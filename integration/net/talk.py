@@ -64,6 +64,7 @@ class Card:
 
     def __init__(self, net: NetConfig, undo: ExitStack) -> None:
         tap = open_net(net, Host(undo, None, print))  # type: ignore[arg-type]
+        self.tap = tap.fds["link"][0]
         links = iter(tap.fds["link"])
 
         class OnTap(StandIn):

@@ -96,3 +96,13 @@ def test_no_read_overtakes_a_posted_write(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     reads, writes, shadowed = map(int, re.findall(r"\d+", done.stdout))
     assert reads + writes + shadowed > 2.5 * LITMUS_ROUNDS
+
+
+def test_no_notification_and_no_interrupt_is_lost_on_a_ring(tmp_path: Path) -> None:
+    program = built("ring_litmus.c", "address,undefined", tmp_path)
+    done = subprocess.run([program, str(5 * LITMUS_ROUNDS)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    without, with_event_idx = done.stdout.splitlines()
+    for line in without, with_event_idx:
+        rounds, notifications, interrupts = map(int, re.findall(r"\d+", line))
+        assert rounds == 5 * LITMUS_ROUNDS and notifications and interrupts
