@@ -280,6 +280,10 @@ class Bench:
         return steps
 
     def _check_growth(self) -> None:
+        for directory in self._directories:
+            files, opened = directory.counts[1], directory._fd.inode.volume.opened
+            if opened > 1 + files:
+                raise Finding("growth", f"{opened} descriptors are open, {files} of them files")
         extent = _Snapshot([self.model]).extent
         if extent > self._extent + GROWTH_MAX + _HOLDING.get(self.entry.name, 0):
             raise Finding("growth", f"the model holds {extent} items, {self._extent} when it was new")
