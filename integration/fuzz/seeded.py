@@ -271,6 +271,27 @@ BUGS: Final = {
         "write BAR0 0x16 2 0x1; write BAR0 0x18 2 0x4",
         "devproc.virtio.device",
     ),
+    "flags-not-checked": Bug(
+        "virtio-fs",
+        "exception",
+        (("        if asked.flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):\n", "        if False:\n"),),
+        "chain 1 40 16 16 144 plain 380000001a00000007000000000000000000000000000000000000000000000"
+        "00000000000000000070000002600000000000200ffffffff; kick 1; chain 1 40 25 16 0 plain 410000"
+        "002d00000007000000000000000100000000000000000000000000000000000000000000000100000000000000"
+        "040000000000000066696c65006e657700; kick 1",
+    ),
+    "connection-closed-twice": Bug(
+        "virtio-vsock",
+        "exception",
+        (
+            (
+                "            connection.line.close()\n            connection.line = None\n",
+                "            connection.line.close()\n",
+            ),
+        ),
+        "chain 1 44 0 0 0 plain 0300000000000000020000000000000001000000000000000000000001000100000"
+        "000000000040000000000; kick 1; restart 0x0 4",
+    ),
     "queue-not-enabled": Bug(
         "virtio-rng",
         "used",
