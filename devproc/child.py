@@ -163,6 +163,7 @@ def main(
         # A model that imports something only to be saved is found out here, not when the policy kills it.
         server.device.restore(server.device.save())
         server.device.counters()
+        jail.await_ids(ctx)
         jail.enter(steps, ctx)
         for level, text in ctx.notes:
             control.send(Log(level, text[:TEXT_MAX]))

@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Literal
 
@@ -30,6 +31,9 @@ from policies.compile import SETUP_MARK
 INSIDE_ID: Final = 1  # the only uid and gid that exist in the jail; not 0, so nothing there is ever "root"
 SETUP_CALLS: Final = ("seccomp", "sendmsg", "close", "prlimit64")
 """What the first filter lets through beyond the policy, marked, for the step that loads the second."""
+
+IDS: Final = struct.Struct("=i")
+"""What the zygote tells a device: 0 when its ids are mapped, or an error number."""
 
 _NAMESPACES: Final = (
     syscalls.CLONE_NEWUSER
@@ -104,11 +108,12 @@ class Context:
         mode: how much jail.
         fds: the descriptors of slots 2.., wherever they are now.
         filters: the two seccomp programs, `policies.compile.compile_notify`; None in mode "none".
-        await_ids: device only: waits until its ids have been mapped from outside, or raises OSError.
+        ids: a pipe that says whether its ids are mapped; in the device it is in the slot after all others.
         params: the entry's parameters, of which one may be a limit.
-        pid: the process as the zygote sees it, 0 in that process; None while there is none.
+        pid: zygote only: the process as it sees it, once there is one.
+        failed: zygote only: why there is none.
         control: device only: the control channel, once the slots are filled.
-        namespaced: whether "namespaces" succeeded; steps that would otherwise act on the host ask.
+        namespaced: whether it has its own namespaces; steps that would otherwise act on the host ask.
         notes: (logging level, text) of what did not go as asked, for the control channel.
     """
 
@@ -118,16 +123,17 @@ class Context:
         mode: Mode,
         fds: Sequence[int],
         filters: tuple[bytes, bytes] | None,
-        await_ids: Callable[[], None],
+        ids: int,
         params: Params | None = None,
     ) -> None:
         self.entry = entry
         self.mode = mode
         self.fds = fds
         self.filters = filters
-        self.await_ids = await_ids
+        self.ids = ids
         self.params = params or {}
         self.pid: int | None = None
+        self.failed: str | None = None
         self.control: Channel | None = None
         self.namespaced = False
         self.notes: list[tuple[int, str]] = []
@@ -175,28 +181,57 @@ def enter(steps: Iterable[Step], ctx: Context) -> None:
             ctx.notes.append((30, str(error)))
 
 
-def fork(ctx: Context) -> int:
-    """Make the process, as `ctx` asks, from the zygote; its pid, or 0 in it.
+def fork(contexts: Sequence[Context]) -> Context | None:
+    """Make the processes that `contexts` ask for, from the zygote; None there, in each of them its context.
 
-    It is the zygote's sibling, a child of the supervisor.
-
-    Raises:
-        JailError: no namespaces of its own, or in it no ids, except in mode "best-effort".
-        OSError: there is no process to be had.
+    They are the zygote's siblings, children of the supervisor.  What cannot be made has `failed`.
     """
-    enter(plan(ctx.mode, "zygote", ctx.entry.without), ctx)
-    if ctx.pid is None:
-        ctx.pid = syscalls.clone(syscalls.CLONE_PARENT)
-    return ctx.pid
+    for ctx in contexts:
+        enter(plan(ctx.mode, "zygote", ctx.entry.without), ctx)
+    if os.geteuid() == 0 and any(ctx.namespaced for ctx in contexts):
+        os.setgroups([])  # setgroups is denied for good inside; an ordinary user cannot drop groups at all
+    return _clone(contexts)
+
+
+def _clone(contexts: Sequence[Context]) -> Context | None:
+    flags = [syscalls.CLONE_PARENT | (_NAMESPACES if ctx.namespaced else 0) for ctx in contexts]
+    mine, made = syscalls.clone(flags)
+    if mine is not None:
+        return contexts[mine]
+    again = []
+    for ctx, pid in zip(contexts, made, strict=True):
+        if pid > 0:
+            ctx.pid = pid
+            continue
+        error = JailError("namespaces" if ctx.namespaced else "process", OSError(-pid, os.strerror(-pid)))
+        if ctx.namespaced and ctx.mode is Mode.BEST_EFFORT:
+            ctx.notes.append((30, str(error)))
+            ctx.namespaced = False
+            again.append(ctx)
+        else:
+            ctx.failed = str(error)
+    return _clone(again) if again else None
 
 
 def _namespaces(ctx: Context) -> None:
-    if os.geteuid() == 0:
-        os.setgroups([])  # setgroups is denied for good inside; an ordinary user cannot drop groups at all
-    ctx.pid = syscalls.clone(syscalls.CLONE_PARENT | _NAMESPACES)
-    ctx.namespaced = True
-    if ctx.pid == 0:
-        ctx.await_ids()
+    ctx.namespaced = True  # `fork` makes it so
+
+
+def await_ids(ctx: Context) -> None:
+    """In the device, before the steps after "descriptors": what the zygote has made it maps ids for later.
+
+    Raises:
+        JailError: they cannot be mapped, except in mode "best-effort".
+    """
+    enter([_MAPPED], ctx)
+
+
+def _mapped(ctx: Context) -> None:
+    word = os.read(ctx.ids, IDS.size)
+    os.close(ctx.ids)
+    err = IDS.unpack(word)[0] if word else errno.ESRCH  # the zygote is gone
+    if err:
+        raise OSError(err, f"mapping the ids: {os.strerror(err)}")
 
 
 def _identity(ctx: Context) -> None:
@@ -208,10 +243,12 @@ def _identity(ctx: Context) -> None:
 
 
 def _descriptors(ctx: Context) -> None:
-    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD, _FD_SCRATCH) for fd in ctx.fds]  # out of the slots' way first
+    # Out of the slots' way first.
+    spare = [fcntl.fcntl(fd, fcntl.F_DUPFD, _FD_SCRATCH) for fd in (*ctx.fds, ctx.ids)]
     for slot, fd in enumerate(spare, FD_LOG):
         os.dup2(fd, slot, inheritable=False)
-    syscalls.close_range(FD_LOG + len(spare), _FD_MAX)
+    ctx.ids = FD_LOG + len(ctx.fds)
+    syscalls.close_range(ctx.ids + 1, _FD_MAX)
 
 
 def _root(ctx: Context) -> None:
@@ -393,6 +430,7 @@ STEPS: Final = (
     ),
 )  # fmt: skip
 assert FD_FIRST == FD_LOG + 5
+_MAPPED: Final = Step("namespaces", "device", STEPS[0].describe, _mapped)  # the second half of that step
 
 
 def lacking() -> dict[str, str]:

@@ -14,17 +14,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import os
 import signal
 import socket
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
 from devproc import child, jail, syscalls
-from devproc.catalog import CATALOG, FD_CONTROL, FD_LOG, Entry, shared_directory
+from devproc.catalog import CATALOG, FD_LOG, Entry, Params, shared_directory
 from devproc.channel import FDS_MAX, Channel, ChannelClosed
-from devproc.wire import SPAWN_TABLE, TEXT_MAX, Failed, Sender, Spawn, Spawned, encode
+from devproc.wire import SPAWN_TABLE, TEXT_MAX, Prepare, Sender, Spawn, Spawned
 from devproc.zygote import Filters, SpawnError
 from policies.compile import compile_notify
 from policies.parse import load
@@ -41,7 +41,6 @@ _IGNORED: Final = (
     signal.SIGPIPE,
     signal.SIGXFSZ,
 )
-_ERRNO: Final = struct.Struct("=i")  # what the zygote tells a device: whether its ids are mapped
 
 
 def compiled(entry: Entry) -> Filters:
@@ -69,10 +68,7 @@ class Program(Protocol):
 def main(
     fd: int,
     parent: int,
-    kinds: Sequence[str],
     filters: Callable[[Entry], Filters],
-    program: Program,
-    mode: jail.Mode | None,
 ) -> NoReturn:
     """The zygote, from its fork on; `fd` is its channel, `parent` the supervisor's pid."""
     gc.freeze()  # as below: what is here is the supervisor's
@@ -92,7 +88,15 @@ def main(
     if fd != _SOCKET:
         os.dup2(fd, _SOCKET, inheritable=False)
     syscalls.close_range(_SOCKET + 1, _FD_MAX)
-    cache = _prepare(kinds, filters, program)
+    channel = Channel(socket.socket(fileno=_SOCKET), SPAWN_TABLE, "start", Sender.ZYGOTE, Sender.SUPERVISOR)
+    try:
+        wanted = channel.recv()
+    except ChannelClosed:
+        os._exit(0)
+    assert isinstance(wanted, Prepare)  # by the table
+    mode = jail.Mode(wanted.jail) if wanted.jail else None
+    program: Any = importlib.import_module(wanted.program)
+    cache = _prepare(wanted.kinds, filters, program)
     child.warm_up()
     gc.collect()
     # Objects that exist now are moved out of the collector's sight: it would write to their pages, and every
@@ -100,11 +104,8 @@ def main(
     gc.freeze()
     gc.enable()
     if mode is jail.Mode.FULL:
-        jail.confine_zygote(any(shared_directory(CATALOG[kind]) is not None for kind in kinds))
-    sock = socket.socket(fileno=_SOCKET)
-    _serve(
-        Channel(sock, SPAWN_TABLE, "idle", Sender.ZYGOTE, Sender.SUPERVISOR), filters, cache, program, mode
-    )
+        jail.confine_zygote(any(shared_directory(CATALOG[kind]) is not None for kind in wanted.kinds))
+    _serve(channel, filters, cache, program, mode)
 
 
 def _prepare(
@@ -129,98 +130,113 @@ def _serve(
     program: Program,
     mode: jail.Mode | None,
 ) -> NoReturn:
+    asked: list[_Asked] = []
     while True:
         try:
-            request, fds = channel.recv_fds(FDS_MAX)
+            message, fds = channel.recv_fds(FDS_MAX)
         except ChannelClosed:
             os._exit(0)
-        assert isinstance(request, Spawn)  # by the table
+        if isinstance(message, Spawn):
+            asked.append(_Asked(message, fds, filters, cache, program, mode))
+            continue
+        # One after the other with nothing in between: see `syscalls.clone`.
+        mine = jail.fork([one.ctx for one in asked if one.ctx is not None])
+        for one in asked:
+            if mine is not None and one.ctx is mine:
+                program.main(mine, one.model, one.name)
+        channel.send(Spawned(tuple(one.finish() for one in asked)))
+        asked.clear()
+
+
+class _Asked:
+    """A process that was asked for.
+
+    Attributes:
+        name, model: what it runs.
+        ctx: what it starts with; None if there cannot be such a process.
+    """
+
+    def __init__(
+        self,
+        request: Spawn,
+        fds: list[int],
+        filters: Callable[[Entry], Filters],
+        cache: dict[str, Filters],
+        program: Program,
+        mode: jail.Mode | None,
+    ) -> None:
+        self.name = request.name
+        self.ctx: jail.Context | None = None
+        self._host_id = request.host_id
+        self._open = fds
+        self._failed = ""
         try:
             if mode is not None and request.jail != mode.value:
                 raise SpawnError(f"asked for jail mode {request.jail}, this zygote is for {mode.value}")
-            channel.send(Spawned(_spawn(request, fds, filters, cache, program)))
+            entry, params, self.model = _check(request, filters, cache, program)
+            expected = entry.held - FD_LOG + program.EXTRA_FDS
+            if len(fds) != expected:
+                raise SpawnError(f"{len(fds)} descriptors, expected {expected}")
+            ids, self._told = os.pipe()
+            self._open = [*fds, ids, self._told]
+            self.ctx = jail.Context(entry, jail.Mode(request.jail), fds, cache.get(entry.name), ids, params)
         except (SpawnError, OSError) as e:
-            channel.send(Failed(str(e)[:1000]))
+            self._failed = str(e)
+
+    def finish(self) -> int | str:
+        """Give the process its ids, and close what is its own; its pid, or why there is none."""
+        try:
+            if self.ctx is None:
+                return self._failed[:TEXT_MAX]
+            if self.ctx.pid is None:
+                return str(self.ctx.failed)[:TEXT_MAX]
+            error = 0
+            if self.ctx.namespaced:
+                error = _map_ids(self.ctx.pid, self.ctx.entry, self._host_id, self.ctx.fds)
+            os.write(self._told, jail.IDS.pack(error))
+            return self.ctx.pid
         finally:
-            for fd in fds:
+            for fd in self._open:
                 os.close(fd)
 
 
-def _spawn(
-    request: Spawn,
-    fds: list[int],
-    filters: Callable[[Entry], Filters],
-    cache: dict[str, Filters],
-    program: Program,
-) -> int:
+def _check(
+    request: Spawn, filters: Callable[[Entry], Filters], cache: dict[str, Filters], program: Program
+) -> tuple[Entry, Params, type[Any]]:
+    """What is asked for, and its model; its filters are in `cache` then.
+
+    Raises:
+        SpawnError: there is no such device.
+    """
     try:
         entry = CATALOG[request.device]
-        mode = jail.Mode(request.jail)
         params = entry.check_params(request.params)
         model = program.load(entry)
-        if mode is not jail.Mode.NONE and entry.name not in cache:
+        if request.jail != jail.Mode.NONE.value and entry.name not in cache:
             cache[entry.name] = filters(entry)
     except Exception as e:  # a policy is text a user may edit: whatever is wrong with it is the answer
         raise SpawnError(f"{type(e).__name__}: {e}") from e
-    expected = entry.held - FD_LOG + program.EXTRA_FDS
-    if len(fds) != expected:
-        raise SpawnError(f"{len(fds)} descriptors, expected {expected}")
-
-    mapped, told = os.pipe()
-
-    def await_ids() -> None:
-        os.close(told)
-        word = os.read(mapped, _ERRNO.size)
-        err = _ERRNO.unpack(word)[0] if word else errno.ESRCH  # the zygote is gone
-        if err:
-            raise OSError(err, f"mapping the ids: {os.strerror(err)}")
-
-    ctx = jail.Context(entry, mode, fds, cache.get(entry.name), await_ids, params)
-    try:
-        pid = jail.fork(ctx)
-        if pid == 0:
-            program.main(ctx, model, request.name)
-        ids = _ids(entry, request.host_id, fds)
-        os.write(told, _ERRNO.pack(_map_ids(pid, *ids) if ctx.namespaced else 0))
-    except BaseException as e:
-        if ctx.pid == 0:
-            _give_up(fds[FD_CONTROL - FD_LOG], e)
-        if isinstance(e, jail.JailError):
-            raise SpawnError(str(e)) from e
-        raise
-    finally:
-        os.close(mapped)
-        os.close(told)
-    return pid
+    return entry, params, model
 
 
-def _give_up(control: int, why: BaseException) -> NoReturn:
-    """In a device process that cannot even begin."""
-    try:
-        socket.socket(fileno=control).send(encode(Failed(str(why)[:TEXT_MAX])))
-    finally:
-        os._exit(1)
-
-
-def _ids(entry: Entry, host_id: int, fds: Sequence[int]) -> tuple[int, int]:
-    """The uid and gid on the host to run as: what root shares is worked on with the rights of its owner."""
-    shared = shared_directory(entry)
-    if shared is not None and os.geteuid() == 0:
-        owner = os.fstat(fds[shared - FD_LOG])
-        return owner.st_uid, owner.st_gid
-    return (host_id, host_id) if host_id else (os.geteuid(), os.getegid())
-
-
-def _map_ids(pid: int, uid: int, gid: int) -> int:
+def _map_ids(pid: int, entry: Entry, host_id: int, fds: Sequence[int]) -> int:
     """Map the ids of a process, which it cannot do itself to any but the zygote's; 0 or an error number."""
     try:
+        uid, gid = (host_id, host_id) if host_id else (os.geteuid(), os.getegid())
+        shared = shared_directory(entry)
+        if shared is not None and os.geteuid() == 0:  # it works on what root shares with its owner's rights
+            owner = os.fstat(fds[shared - FD_LOG])
+            uid, gid = owner.st_uid, owner.st_gid
         for name, text in (
-            ("setgroups", "deny"),  # or a group that is there to take rights away could be dropped
-            ("uid_map", f"{jail.INSIDE_ID} {uid} 1"),
-            ("gid_map", f"{jail.INSIDE_ID} {gid} 1"),
+            ("setgroups", b"deny"),  # or a group that is there to take rights away could be dropped
+            ("uid_map", b"%d %d 1" % (jail.INSIDE_ID, uid)),
+            ("gid_map", b"%d %d 1" % (jail.INSIDE_ID, gid)),
         ):
-            with open(f"/proc/{pid}/{name}", "w") as f:
-                f.write(text)
+            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY)
+            try:
+                os.write(fd, text)
+            finally:
+                os.close(fd)
     except OSError as e:
-        return e.errno or 0
+        return e.errno or errno.EIO
     return 0

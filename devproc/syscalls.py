@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 CLONE_PARENT: Final = 0x0000_8000
@@ -82,7 +83,6 @@ _NR: Final = {
     "close": 3,
     "mmap": 9,
     "sendmsg": 46,
-    "clone": 56,
     "capset": 126,
     "pivot_root": 155,
     "prctl": 157,
@@ -103,6 +103,7 @@ _NR: Final = {
     "landlock_add_rule": 445,
     "landlock_restrict_self": 446,
 }
+_NR_CLONE: Final = 56
 _CAPABILITY_VERSION_3: Final = 0x2008_0522
 _BPF_INSN_SIZE: Final = 8
 _LANDLOCK_RULE_PATH_BENEATH: Final = 1
@@ -127,8 +128,9 @@ _LANDLOCK_RIGHTS: Final = (
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
 # Without giving the interpreter's lock away, which a child could not ask back from threads it does not have.
-_syscall_with_gil = ctypes.PyDLL(None, use_errno=True).syscall
-_syscall_with_gil.restype = ctypes.c_long
+_clone = ctypes.PyDLL(None, use_errno=True).syscall
+_clone.restype = ctypes.c_long
+_clone.argtypes = (ctypes.c_long,) * 6
 _python = ctypes.pythonapi
 
 
@@ -148,21 +150,25 @@ def unshare(flags: int) -> None:
     _call("unshare", flags)
 
 
-def clone(flags: int) -> int:
-    """`os.fork` with CLONE_* `flags`, for a process of one thread: the child's pid, 0 in the child.
+def clone(flags: Sequence[int]) -> tuple[int | None, list[int]]:
+    """`os.fork`, once for each of CLONE_* `flags`, for a process of one thread.
+
+    In a child: which one it is; in the parent None, and for each its pid or the negative error number.
 
     The C library does not notice, so what it does at a fork is left undone: it is all about other threads.
     """
+    words = [f | signal.SIGCHLD for f in flags]
+    made = [0] * len(words)
     _python.PyOS_BeforeFork()
-    pid: int = _syscall_with_gil(*map(ctypes.c_ulong, (_NR["clone"], flags | signal.SIGCHLD, 0, 0, 0, 0)))
-    if pid == 0:
-        _python.PyOS_AfterFork_Child()
-        return 0
-    err = ctypes.get_errno()
+    # Next to nothing else: each page that is written to between two of them, both have for themselves.
+    for n, word in enumerate(words):
+        pid = _clone(_NR_CLONE, word, 0, 0, 0, 0)
+        if pid == 0:
+            _python.PyOS_AfterFork_Child()
+            return n, []
+        made[n] = pid if pid != -1 else -ctypes.get_errno()
     _python.PyOS_AfterFork_Parent()
-    if pid == -1:
-        raise OSError(err, f"clone: {os.strerror(err)}")
-    return pid
+    return None, made
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, options: str | None = None) -> None:

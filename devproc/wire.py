@@ -26,6 +26,8 @@ TEXT_MAX: Final = 1024
 NAME_MAX: Final = 32
 PARAMS_MAX: Final = 32
 COUNTERS_MAX: Final = 32
+KINDS_MAX: Final = 64
+SPAWNS_MAX: Final = 15  # whose reasons all fit a frame, if all fail
 DIGEST_SIZE: Final = 32
 U64_MAX: Final = (1 << 64) - 1
 
@@ -79,6 +81,14 @@ def _params(v: Any) -> bool:
     )
 
 
+def _kinds(v: Any) -> bool:
+    return type(v) is tuple and len(v) <= KINDS_MAX and all(map(_name, v))
+
+
+def _outcomes(v: Any) -> bool:
+    return type(v) is tuple and len(v) <= SPAWNS_MAX and all(_u32(x) or _why(x) for x in v)
+
+
 def _counters(v: Any) -> bool:
     return (
         type(v) is tuple
@@ -95,6 +105,7 @@ _u64 = _uint(U64_MAX)
 _u32 = _uint((1 << 32) - 1)
 _bool: Check = lambda v: type(v) is bool  # noqa: E731
 _name = _text(NAME_MAX)
+_why = _text(TEXT_MAX)
 
 
 @record
@@ -263,7 +274,7 @@ class Failed(Message):
 
 @record
 class Spawn(Message):
-    """Supervisor to zygote, with the descriptors of the slots 2.. as SCM_RIGHTS.
+    """Supervisor to zygote, with the descriptors of the slots 2.. as SCM_RIGHTS: a process for the next `Go`.
 
     `device` is the catalogue name, `name` the instance ("serial1"), `host_id` the uid and gid on the
     host to run as (0: the caller's own), `jail` one of "full", "best-effort" and "none", `params` the
@@ -281,11 +292,31 @@ class Spawn(Message):
 
 @record
 class Spawned(Message):
-    """Zygote to supervisor: the device process exists; its pid as the supervisor sees it."""
+    """Zygote to supervisor: for each its pid, as the supervisor sees it, or one line why there is none."""
 
     tag = 33
-    checks = (_u32,)
-    pid: int
+    checks = (_outcomes,)
+    outcomes: tuple[int | str, ...]
+
+
+@record
+class Go(Message):
+    """Supervisor to zygote: make the processes asked for, at most SPAWNS_MAX; answered by `Spawned`."""
+
+    tag = 35
+    checks = ()
+
+
+@record
+class Prepare(Message):
+    """Supervisor to zygote, first: the catalogue names to get ready for, the `nursery.Program` that device
+    processes run, and the one jail mode that will be asked for, or "" for any."""
+
+    tag = 36
+    checks = (_kinds, _name, _name)
+    kinds: tuple[str, ...]
+    program: str
+    jail: str
 
 
 @record
@@ -304,7 +335,7 @@ MESSAGES: Final[dict[int, type[Message]]] = {
     for m in (
         Read, Write, Value, Done,
         Hello, Ready, Ping, Pong, Save, State, Restore, Stats, Counters, Stop, Log, Set, Failed,
-        Spawn, Spawned, Listener,
+        Spawn, Spawned, Listener, Go, Prepare,
     )
 }  # fmt: skip
 _FIELDS: Final[dict[type[Message], tuple[str, ...]]] = {m: m.__match_args__ for m in MESSAGES.values()}
@@ -472,9 +503,11 @@ CONTROL_TABLE: Final[Table] = {
 }
 
 SPAWN_TABLE: Final[Table] = {
-    ("idle", _S, Spawn): "spawning",
+    ("start", _S, Prepare): "idle",
+    ("idle", _S, Spawn): "asked",
+    ("asked", _S, Spawn): "asked",
+    ("asked", _S, Go): "spawning",
     ("spawning", Sender.ZYGOTE, Spawned): "idle",
-    ("spawning", Sender.ZYGOTE, Failed): "idle",
 }
 
 

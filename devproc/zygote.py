@@ -6,13 +6,13 @@ is `devproc/nursery.py`, which is imported after the fork.
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import os
 import select
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from devproc import jail
@@ -25,10 +25,12 @@ from devproc.wire import (
     SPAWN_TABLE,
     VERSION,
     Failed,
+    Go,
     Hello,
     Listener,
     Log,
     PeerError,
+    Prepare,
     Ready,
     Scalar,
     Sender,
@@ -41,6 +43,7 @@ from policies.syscalls import NAMES
 Filters = tuple[bytes, bytes]
 
 READY_WITHIN_S: Final = 30
+PROGRAM: Final = "devproc.child"
 _NOTES_MAX: Final = 64  # a jail has a dozen steps; without end they would keep the start from ever failing
 _ZYGOTE_S: Final = 30.0
 
@@ -64,8 +67,26 @@ class Zygote:
     def __init__(self, pid: int, channel: Channel) -> None:
         self.pid = pid
         self._channel = channel
+        self._asked: list[str] = []
 
-    def spawn(
+    def prepare(
+        self, kinds: Sequence[str], program: str = PROGRAM, mode: jail.Mode | None = jail.Mode.FULL
+    ) -> None:
+        """Say what will be asked for, before anything is.
+
+        Args:
+            kinds: catalogue names to get ready for while the caller goes on.
+            program: the module that a device process runs, a `nursery.Program`.
+            mode: the one mode that it will be asked for; None: any.  Unless it is "full" the zygote keeps all
+                of the caller's rights, because a device may.
+
+        Raises:
+            SpawnError: the zygote is gone.
+        """
+        with self._talking():
+            self._channel.send(Prepare(tuple(kinds), program, "" if mode is None else mode.value))
+
+    def ask(
         self,
         device: str,
         name: str,
@@ -74,11 +95,8 @@ class Zygote:
         host_id: int = 0,
         mode: jail.Mode = jail.Mode.FULL,
         params: tuple[Scalar, ...] = (),
-    ) -> int:
-        """Start a device process; returns its pid, a child of the caller's.
-
-        It goes on by itself from here: `await_ready` on its control channel says how that went, so start all
-        devices before waiting for any.
+    ) -> None:
+        """Ask for a device process, which `make` makes.
 
         Args:
             device: the catalogue name.
@@ -89,19 +107,52 @@ class Zygote:
             params: the values of the entry's parameters, in its order.
 
         Raises:
+            SpawnError: the zygote is gone.
+        """
+        self._asked.append(name)
+        with self._talking():
+            self._channel.send(Spawn(device, name, host_id, mode.value, params), fds)
+
+    def make(self) -> list[int | SpawnError]:
+        """Make all that were asked for since the last time, which costs less than one by one.
+
+        Returns for each its pid, a child of the caller's, or why there is none.  They go on by themselves:
+        `await_ready` on a control channel says how that went.
+
+        Raises:
+            SpawnError: the zygote is gone.
+        """
+        with self._talking():
+            self._channel.send(Go())
+            answer = self._channel.recv()
+        assert isinstance(answer, Spawned)  # by the table
+        asked, self._asked = self._asked, []
+        return [
+            SpawnError(f"{name}: {outcome}") if isinstance(outcome, str) else outcome
+            for name, outcome in zip(asked, answer.outcomes, strict=True)
+        ]
+
+    def spawn(self, device: str, name: str, fds: Sequence[int], **how: Any) -> int:
+        """`ask` and `make` for one.
+
+        Raises:
             SpawnError: it did not start, or the zygote is gone.
         """
+        self.ask(device, name, fds, **how)
+        (outcome,) = self.make()
+        if isinstance(outcome, SpawnError):
+            raise outcome
+        return outcome
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        names = f"{', '.join(self._asked)}: " if self._asked else ""
         try:
-            self._channel.send(Spawn(device, name, host_id, mode.value, params), fds)
-            answer = self._channel.recv()
+            yield
         except ChannelClosed:
-            raise SpawnError(f"{name}: the zygote is gone") from None
+            raise SpawnError(f"{names}the zygote is gone") from None
         except TimeoutError:
-            raise SpawnError(f"{name}: the zygote said nothing for {_ZYGOTE_S:g} s") from None
-        if isinstance(answer, Spawned):
-            return answer.pid
-        assert isinstance(answer, Failed)
-        raise SpawnError(f"{name}: {answer.why}")
+            raise SpawnError(f"{names}the zygote said nothing for {_ZYGOTE_S:g} s") from None
 
     def close(self) -> None:
         """Let the zygote end; the devices it forked stay."""
@@ -209,18 +260,21 @@ def _await_word(control: Channel, listener: int | None, until_s: float) -> None:
 def start(
     kinds: Sequence[str] = (),
     filters: Callable[[Entry], Filters] | None = None,
-    program: str = "devproc.child",
+    program: str = PROGRAM,
     mode: jail.Mode | None = jail.Mode.FULL,
 ) -> Zygote:
+    """`fork` and `Zygote.prepare`."""
+    zygote = fork(filters)
+    zygote.prepare(kinds, program, mode)
+    return zygote
+
+
+def fork(filters: Callable[[Entry], Filters] | None = None) -> Zygote:
     """Fork the zygote.  Call it from the main thread, before there are others and before /dev/kvm is opened.
 
     Args:
-        kinds: catalogue names to get ready for while the caller goes on.
         filters: where the two seccomp programs of a kind come from; called in the zygote, once per kind
             [policies/NAME.policy].
-        program: the module that a device process runs, a `nursery.Program`.
-        mode: the one mode that it will be asked for; None: any.  Unless it is "full" the zygote keeps all of
-            the caller's rights, because a device may.
 
     Raises:
         WireError: msgpack's C extension is missing.
@@ -234,8 +288,7 @@ def start(
             # Device code and policies are the zygote's alone: the supervisor never has them in memory.
             from devproc import nursery  # noqa: PLC0415
 
-            runs: Any = importlib.import_module(program)
-            nursery.main(theirs.detach(), parent, kinds, filters or nursery.compiled, runs, mode)
+            nursery.main(theirs.detach(), parent, filters or nursery.compiled)
         except ChannelClosed:
             pass  # whoever asked has gone, and nobody hears of what was made
         except BaseException:
@@ -244,4 +297,4 @@ def start(
             os._exit(1)
     theirs.close()
     ours.settimeout(_ZYGOTE_S)
-    return Zygote(pid, Channel(ours, SPAWN_TABLE, "idle", Sender.SUPERVISOR, Sender.ZYGOTE))
+    return Zygote(pid, Channel(ours, SPAWN_TABLE, "start", Sender.SUPERVISOR, Sender.ZYGOTE))

@@ -213,5 +213,5 @@ def _try_jail(tell: Callable[[str], None]) -> None:
 def _try_landlock(tell: Callable[[str], None]) -> None:
     """Tell the ABI, after denying this process everything it can deny."""
     no_new_privs = next(s for s in jail.STEPS if s.name == "no-gain")
-    no_new_privs.apply(jail.Context(CATALOG[_DEVICE], jail.Mode.FULL, (), None, lambda: None))
+    no_new_privs.apply(jail.Context(CATALOG[_DEVICE], jail.Mode.FULL, (), None, -1))
     tell(str(syscalls.landlock_restrict()))

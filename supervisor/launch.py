@@ -338,8 +338,7 @@ class _Launch:
         proxies: list[Proxy] = []
         self.undo.callback(end_devices, proxies)
         self.undo.callback(spawner.close)
-        for instance in instances:
-            proxies.append(spawner.spawn(instance))
+        proxies.extend(spawner.spawn_all(instances))
         for proxy in proxies:
             proxy.await_ready(
                 mode, recorder.watch(proxy.instance.entry.name, proxy.name) if recorder else None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from devproc import jail
 from devproc.catalog import Descriptor, Entry
-from devproc.wire import Scalar
+from devproc.wire import SPAWNS_MAX, Scalar
 from devproc.zygote import SpawnError, Zygote
 from kvmcore.errors import VmsupError
 from kvmcore.exitloop import Core
@@ -21,6 +21,9 @@ from supervisor.proxy import Proxy
 
 # Above systemd's container ranges; 64 devices for each of 2^22 supervisor pids, so no two VMs share one.
 _HOST_ID_BASE = 0x70000000
+_FDS_AT_ONCE = 96
+"""Descriptors on their way to the zygote: one user's processes may all together have as many under way as one
+may open (unix(7), ETOOMANYREFS)."""
 
 
 def host_id(number: int) -> int:
@@ -31,6 +34,26 @@ def host_id(number: int) -> int:
 
 
 _NOTHING = Opened({})
+
+
+class _Asked:
+    """A process that the zygote was asked for, and our ends of what it was given."""
+
+    def __init__(
+        self, instance: Instance, access: socket.socket, control: socket.socket, log: int, mailbox: Mailbox
+    ) -> None:
+        self.instance = instance
+        self.access = access
+        self.control = control
+        self.log = log
+        self.mailbox = mailbox
+
+    def close(self) -> None:
+        """It will not be."""
+        self.access.close()
+        self.control.close()
+        os.close(self.log)
+        self.mailbox.close()
 
 
 class Spawner:
@@ -75,12 +98,27 @@ class Spawner:
         self._count = 0
 
     def spawn(self, instance: Instance) -> Proxy:
-        """Ask for the process; `Proxy.await_ready` must follow, so that many get ready at once.
+        """Start the process; `Proxy.await_ready` must follow.
 
         Raises:
             VmsupError: the zygote could not make it.
             PolicyError: because of its policy.
         """
+        (proxy,) = self.spawn_all((instance,))
+        return proxy
+
+    def spawn_all(self, instances: Iterable[Instance]) -> Iterator[Proxy]:
+        """As `spawn`, for many, which get ready at once; what was made is given before it raises."""
+        asked: list[_Asked] = []
+        for instance in instances:
+            asked.append(self._ask(instance))
+            if len(asked) == SPAWNS_MAX or sum(a.instance.entry.held for a in asked) > _FDS_AT_ONCE:
+                yield from self._make(asked)
+                asked = []
+        if asked:
+            yield from self._make(asked)
+
+    def _ask(self, instance: Instance) -> _Asked:
         opened = self.opened.get(instance.name, _NOTHING)
         own = [fd for d in instance.entry.descriptors for fd in self._descriptors(instance.name, d, opened)]
         params = instance.params + opened.params
@@ -89,8 +127,9 @@ class Spawner:
         control, its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         log, its_log = os.pipe()
         mailbox = Mailbox.create()
+        asked = _Asked(instance, access, control, log, mailbox)
         try:
-            pid = self.zygote.spawn(
+            self.zygote.ask(
                 instance.entry.name,
                 instance.name,
                 [its_log, its_access.fileno(), its_control.fileno(), *mailbox.fds, *own, *extra],
@@ -99,12 +138,7 @@ class Spawner:
                 params=params,
             )
         except SpawnError as e:
-            access.close()
-            control.close()
-            os.close(log)
-            mailbox.close()
-            # A policy that cannot be used is for its author to mend: PolicyError says where.
-            compile_notify(load(instance.entry.name, instance.entry.slots()), jail.SETUP_CALLS)
+            asked.close()
             raise VmsupError(str(e)) from None
         finally:
             for fd in (its_log, *extra):
@@ -112,11 +146,30 @@ class Spawner:
             its_access.close()
             its_control.close()
         self._count += 1
-        through = mailbox if self.transport == "mailbox" else None
+        return asked
+
+    def _make(self, asked: Sequence[_Asked]) -> Iterator[Proxy]:
         try:
-            return Proxy(instance, pid, self.core, access, control, log, self.timeout_s, self.say, through)
-        finally:
-            mailbox.close()
+            outcomes = self.zygote.make()
+        except SpawnError as e:
+            for a in asked:
+                a.close()
+            raise VmsupError(str(e)) from None
+        failed: list[tuple[Entry, SpawnError]] = []
+        for a, pid in zip(asked, outcomes, strict=True):
+            if isinstance(pid, SpawnError):
+                a.close()
+                failed.append((a.instance.entry, pid))
+                continue
+            through = a.mailbox if self.transport == "mailbox" else None
+            yield Proxy(
+                a.instance, pid, self.core, a.access, a.control, a.log, self.timeout_s, self.say, through
+            )
+            a.mailbox.close()
+        for entry, why in failed:
+            # A policy that cannot be used is for its author to mend: PolicyError says where.
+            compile_notify(load(entry.name, entry.slots()), jail.SETUP_CALLS)
+            raise VmsupError(str(why))
 
     def close(self) -> None:
         """Give back the eventfds."""

@@ -18,9 +18,11 @@ from devproc.wire import (
     CONTROL_FRAME_MAX,
     CONTROL_TABLE,
     COUNTERS_MAX,
+    KINDS_MAX,
     MESSAGES,
     PARAMS_MAX,
     SPAWN_TABLE,
+    SPAWNS_MAX,
     STATE_MAX,
     TEXT_MAX,
     U64_MAX,
@@ -64,8 +66,10 @@ FIELDS: dict[type[Message], tuple[st.SearchStrategy[Any], ...]] = {
     wire.Log: (u32, text),
     wire.Failed: (text,),
     wire.Spawn: (name, name, u32, name, params),
-    wire.Spawned: (u32,),
+    wire.Spawned: (st.lists(u32 | text, max_size=SPAWNS_MAX).map(tuple),),
     wire.Listener: (),
+    wire.Go: (),
+    wire.Prepare: (st.lists(name, max_size=KINDS_MAX).map(tuple), name, name),
 }
 messages = st.sampled_from(list(MESSAGES.values())).flatmap(lambda kind: st.builds(kind, *FIELDS[kind]))
 plain = st.recursive(
@@ -194,6 +198,8 @@ def test_a_message_with_all_fields_at_their_limit_fits_its_frame() -> None:
     assert decode(encode(full)) == full
     most = wire.Counters(("é" * 32, U64_MAX) * COUNTERS_MAX)
     assert decode(encode(most)) == most
+    none = wire.Spawned(("\U0001f4a5" * TEXT_MAX,) * SPAWNS_MAX)
+    assert decode(encode(none)) == none
     assert len(encode(wire.State(bytes(STATE_MAX)))) <= CONTROL_FRAME_MAX
 
 
@@ -261,16 +267,20 @@ def test_nothing_follows_failed() -> None:
     assert not [key for key in CONTROL_TABLE if key[0] == "failed"]
 
 
-def test_one_device_is_spawned_at_a_time() -> None:
-    spawn = wire.Spawn("rtc", "rtc", 0, "full", ())
-    twice = (S, spawn), (Z, wire.Failed("")), (S, spawn), (Z, wire.Spawned(1))
-    assert walk(SPAWN_TABLE, "idle", *twice) == "idle"
-    with pytest.raises(WireError):
-        walk(SPAWN_TABLE, "idle", (S, spawn), (S, spawn))
+def test_nobody_asks_for_more_devices_while_those_asked_for_are_made() -> None:
+    spawn, go = (S, wire.Spawn("rtc", "rtc", 0, "full", ())), (S, wire.Go())
+    prepared = (S, wire.Prepare(("rtc",), "devproc.child", "full"))
+    made = (Z, wire.Spawned((1, "no")))
+    assert walk(SPAWN_TABLE, "start", prepared, spawn, spawn, go, made, spawn, go, made) == "idle"
+    for wrong in ((spawn,), (prepared, go), (prepared, spawn, go, spawn), (prepared, prepared)):
+        with pytest.raises(WireError):
+            walk(SPAWN_TABLE, "start", *wrong)
+    with pytest.raises(PeerError):
+        walk(SPAWN_TABLE, "start", prepared, spawn, made)
 
 
 def test_every_state_of_every_table_can_be_reached_and_only_failed_and_stopping_are_final() -> None:
-    for table, start in ((ACCESS_TABLE, "idle"), (CONTROL_TABLE, "start"), (SPAWN_TABLE, "idle")):
+    for table, start in ((ACCESS_TABLE, "idle"), (CONTROL_TABLE, "start"), (SPAWN_TABLE, "start")):
         reached, leaves = {start}, {key[0] for key in table}
         while more := {after for key, after in table.items() if key[0] in reached} - reached:
             reached |= more

@@ -111,6 +111,28 @@ def test_parameters_out_of_range_are_refused_before_there_is_a_process(nursery: 
     assert CATALOG["rtc"].params
 
 
+def test_of_many_asked_for_at_once_those_are_made_that_can_be(nursery: Zygote) -> None:
+    devices = "pci-host", "rtc", "pvpanic?", "pci-host"
+    all_ends = [Ends() for _ in devices]
+    for n, (device, ends) in enumerate(zip(devices, all_ends, strict=True)):
+        nursery.ask(device, f"host{n}", ends.theirs, mode=Mode.NONE)
+        while ends.theirs:
+            os.close(ends.theirs.pop())
+    first, no_params, unknown, last = nursery.make()
+    assert [str(no) for no in (no_params, unknown)] == [
+        "host1: ValueError: rtc: 0 parameters, expected 2",
+        "host2: KeyError: 'pvpanic?'",
+    ]
+    for pid, ends in ((first, all_ends[0]), (last, all_ends[3])):
+        assert isinstance(pid, int)
+        await_ready(ends.control, "pci-host", Mode.NONE)
+        assert sorted(map(int, os.listdir(f"/proc/{pid}/fd"))) == [0, 1, 2, 3, 4, 5, 6]
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    for ends in all_ends:
+        ends.close()
+
+
 def test_a_zygote_for_one_jail_mode_makes_no_device_in_another(ends: Ends) -> None:
     sealed_only = start()
     with pytest.raises(SpawnError, match="host9: asked for jail mode none, this zygote is for full"):
