@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import time
 import traceback
@@ -62,12 +63,13 @@ class Forbidden(SpawnError):
 
 
 class Zygote:
-    """The supervisor's handle; `pid` is the zygote's, and the caller's to wait for after `close`."""
+    """The supervisor's handle; `pid` is the zygote's."""
 
     def __init__(self, pid: int, channel: Channel) -> None:
         self.pid = pid
         self._channel = channel
         self._asked: list[str] = []
+        self._made = False  # anything: until then nobody but `end` waits for it
 
     def prepare(
         self, kinds: Sequence[str], program: str = PROGRAM, mode: jail.Mode | None = jail.Mode.FULL
@@ -122,6 +124,7 @@ class Zygote:
         Raises:
             SpawnError: the zygote is gone.
         """
+        self._made = True
         with self._talking():
             self._channel.send(Go())
             answer = self._channel.recv()
@@ -157,6 +160,14 @@ class Zygote:
     def close(self) -> None:
         """Let the zygote end; the devices it forked stay."""
         self._channel.close()
+
+    def end(self) -> None:
+        """`close`, and wait until it has gone."""
+        if not self._made:  # it may be importing, and would finish that first
+            os.kill(self.pid, signal.SIGKILL)
+        self.close()
+        with contextlib.suppress(ChildProcessError):  # reaped already
+            os.waitpid(self.pid, 0)
 
 
 @record

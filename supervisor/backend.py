@@ -17,6 +17,7 @@ from typing import Any, Final
 from devproc import jail, zygote
 from kvmcore.errors import ConfigError
 from supervisor import errand, frontend, machine
+from supervisor.begin import step
 from supervisor.companion import Companion
 from supervisor.config import RunConfig
 from supervisor.config import build as build_run
@@ -24,7 +25,7 @@ from supervisor.ending import Ending
 from supervisor.frontend import FrontEnd
 from supervisor.host import Host, Opened
 from supervisor.janitor import Janitor
-from supervisor.launch import Say, end_devices, end_zygote, step
+from supervisor.launch import Say, end_devices
 from supervisor.reaper import DeviceDied
 from supervisor.runloop import RunLoop, Signals
 from supervisor.worker import Worker
@@ -71,7 +72,7 @@ def serve(config: RunConfig, say: Say) -> Ending:
             undo.callback(janitor.finish)
         with step("fork the zygote"):
             nursery = zygote.start([function.kind], mode=mode)
-            undo.callback(end_zygote, nursery)
+            undo.callback(nursery.end)
         with step("open what the device works on"):
             host = Host(undo, janitor, partial(say, level="info", event="console"))
             assert function.opens is not None or not function.params

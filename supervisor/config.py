@@ -30,7 +30,6 @@ MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.2, 5.1.4.1
 CID_MIN, CID_MAX = 3, (1 << 32) - 2  # virtio 1.2, 5.10.4
 LOG_FORMATS = ("text", "json")
 DEVICE_TIMEOUT_S = 2.0
-LEARN = "VMSUP_LEARN"  # DEVICE:FILE in the environment: see supervisor/recorder.py
 
 SERIAL_KEYS = (
     Key("type", choices=SERIAL_TYPES),

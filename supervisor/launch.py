@@ -13,20 +13,20 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from devproc import jail, wire, zygote
+from devproc import jail
 from devproc.zygote import Zygote
 from kvmcore import acpi, bootparams, bzimage, cpusetup, fdt, layout, mptable, probe
 from kvmcore.bootfile import BootFile
-from kvmcore.errors import ConfigError, VmsupError
+from kvmcore.errors import ConfigError
 from kvmcore.exitloop import Core, CoreVcpu, install_kick_signal
 from kvmcore.irq import GsiRouter
 from kvmcore.kvm import Kvm, Vm
 from kvmcore.memory import GuestMemory
-from policies.errors import PolicyError
 from supervisor import confine, control, ending, machine
+from supervisor.begin import LEARN, step
 from supervisor.bus import Buses, Claim, DeviceTarget
 from supervisor.coalescing import Coalescing
-from supervisor.config import LEARN, RunConfig
+from supervisor.config import RunConfig
 from supervisor.disks import SECTOR, check_size
 from supervisor.ending import Ending
 from supervisor.exchange import Exchange
@@ -57,45 +57,30 @@ class Say(Protocol):
     ) -> None: ...
 
 
-def launch(config: RunConfig, say: Say) -> Ending:
+def launch(config: RunConfig, nursery: Zygote, say: Say) -> Ending:
     """Run the VM that `config` describes to its end; `say` takes what there is to say meanwhile.
+
+    `nursery` is the zygote, which gets ready for this VM, and stays the caller's to end.
 
     Raises:
         VmsupError: it could not be started; everything is undone.
     """
     with ExitStack() as undo:
-        return _Launch(config, say, undo).run()
-
-
-@contextmanager
-def step(name: str) -> Iterator[None]:
-    """One step of a start: its name begins an error's text.
-
-    Raises:
-        VmsupError: whatever went wrong, unless it is in the user's own words already.
-    """
-    try:
-        yield
-    except (ConfigError, PolicyError):
-        raise  # it names the user's own file or option
-    except (VmsupError, jail.JailError, wire.WireError, zygote.SpawnError) as e:
-        raise VmsupError(f"cannot {name}: {e}") from e
-    except OSError as e:
-        where = f"{e.filename}: " if e.filename else ""
-        raise VmsupError(f"cannot {name}: {where}{e.strerror or e}") from e
+        return _Launch(config, nursery, say, undo).run()
 
 
 class _Launch:
     """The start of one VM; what must be undone is on `undo`, in the opposite order."""
 
-    def __init__(self, config: RunConfig, say: Say, undo: ExitStack) -> None:
+    def __init__(self, config: RunConfig, nursery: Zygote, say: Say, undo: ExitStack) -> None:
         self.config = config
+        self.nursery = nursery
         self.say = say
         self.undo = undo
         self.began_ns = time.monotonic_ns()
 
     def run(self) -> Ending:
-        config, say, step = self.config, self.say, self._step
+        config, nursery, say, step = self.config, self.nursery, self.say, self._step
         split = config.irqchip == "split"
         with step("read the configuration's files"):
             mode = self._jail_mode()
@@ -112,11 +97,6 @@ class _Launch:
             with step("start the exchange"):
                 exchange = Exchange.start(vsock.path, janitor, mode)
                 self.undo.callback(exchange.finish)
-        with step("fork the zygote"):
-            program = "devproc.fuzz.recording" if recordings else "devproc.child"
-            filters = recorder.filters if recorder else None
-            nursery = zygote.start(machine.kinds(config), filters, program, mode)
-            self.undo.callback(end_zygote, nursery)
         with step("open /dev/kvm"):
             kvm = self.undo.enter_context(Kvm())
             kvm.require(probe.REQUIRED)
@@ -437,12 +417,6 @@ def _resize(host: Host, proxies: Sequence[Proxy]) -> None:
     with contextlib.suppress(OSError):  # it has hung up, which its keyboard will say
         size = os.get_terminal_size(host.keyboard.fd)
         console.set("size", size.columns | size.lines << 16 | host.window << 32)
-
-
-def end_zygote(nursery: Zygote) -> None:
-    nursery.close()
-    with contextlib.suppress(ChildProcessError):  # reaped already
-        os.waitpid(nursery.pid, 0)
 
 
 def end_devices(proxies: Sequence[Proxy]) -> None:

@@ -16,7 +16,7 @@ from policies.compile import compile_single
 from policies.errors import Diagnostic
 from policies.parse import load
 from policies.verify import KINDS, Probe, probes
-from supervisor.config import LEARN
+from supervisor.begin import LEARN
 from supervisor.exercise import ACCESSES, exercise
 from supervisor.reaper import DeviceDied
 from supervisor.recorder import Recorder

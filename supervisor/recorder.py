@@ -25,13 +25,26 @@ from policies.learn import Call, answer, record
 from policies.parse import load
 from policies.policy import Policy
 from policies.syscalls import SYSCALLS
-from supervisor.config import LEARN
+from supervisor.begin import LEARN
 
 _NOTIF_SEND: Final = 0xC018_2101  # _IOWR('!', 1, struct seccomp_notif_resp)
 _RESPONSE: Final = struct.Struct("=QqiI")  # id, val, error, flags
 _CONTINUE: Final = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
 
 Say = Callable[[str], None]
+
+
+def filters(device: str) -> Callable[[Entry], zygote.Filters]:
+    """For `zygote.fork`: every call of the kind `device` waits for us, all others have their policy."""
+
+    def of(entry: Entry) -> zygote.Filters:
+        if entry.name != device:
+            from devproc import nursery  # noqa: PLC0415  (in the zygote, which has it)
+
+            return nursery.compiled(entry)
+        return compile_notify(Policy(entry.name, ()), ("sendmsg",))
+
+    return of
 
 
 class Recorder:
@@ -51,6 +64,7 @@ class Recorder:
         if device not in CATALOG:
             raise ConfigError(f"device {device!r} is unknown, expected one of {', '.join(CATALOG)}")
         self.device = device
+        self.filters: Final = filters(device)
         self._policy = load(device, CATALOG[device].slots())
         self._say = say
         try:
@@ -70,14 +84,6 @@ class Recorder:
         if not colon or not path:
             raise ConfigError(f"{LEARN}: expected DEVICE:FILE, not {value!r}")
         return cls(device, path, say)
-
-    def filters(self, entry: Entry) -> zygote.Filters:
-        """For `zygote.start`: every call of the watched device waits for us, all others have their policy."""
-        if entry.name != self.device:
-            from devproc import nursery  # noqa: PLC0415  (in the zygote, which has it)
-
-            return nursery.compiled(entry)
-        return compile_notify(Policy(entry.name, ()), ("sendmsg",))
 
     def watch(self, device: str, name: str) -> Callable[[int], None] | None:
         """For `await_ready` of the instance `name`: what takes its listener; None if it is not watched."""

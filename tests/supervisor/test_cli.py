@@ -99,7 +99,7 @@ def test_device_list_has_every_kind():
 
 def test_the_word_jail_in_a_kernel_parameter_is_left_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_run", lambda options: seen.append(options) or 0)
+    monkeypatch.setattr(cli, "_run", lambda options, _: seen.append(options) or 0)
     vmsup("run", "--jail=best-effort", "-p", "x--jail=y", "k")
     assert (seen[0]["jail"], seen[0]["params"]) == ("best-effort", ["x--jail=y"])
 
@@ -109,13 +109,13 @@ def test_the_word_jail_in_a_kernel_parameter_is_left_alone(monkeypatch):
 )
 def test_the_jail_is_chosen_by_the_last_word_on_it(monkeypatch, word, mode):
     seen = []
-    monkeypatch.setattr(cli, "_run", lambda options: seen.append(options) or 0)
+    monkeypatch.setattr(cli, "_run", lambda options, _: seen.append(options) or 0)
     vmsup("run", "--jail-mode", "best-effort", word, "k")
     assert seen[0]["jail"] == mode
 
 
 def test_an_internal_error_is_one_line_and_exit_code_33(monkeypatch):
-    monkeypatch.setattr(cli, "_run", lambda options: 1 // 0)
+    monkeypatch.setattr(cli, "_run", lambda *_: 1 // 0)
     code, _, err = vmsup("run", "k")
     assert code == 33
     assert err.startswith("vmsup: internal error: ZeroDivisionError: ")
@@ -124,7 +124,7 @@ def test_an_internal_error_is_one_line_and_exit_code_33(monkeypatch):
 
 def test_an_internal_error_shows_where_on_request(monkeypatch):
     monkeypatch.setenv("VMSUP_DEBUG", "1")
-    monkeypatch.setattr(cli, "_run", lambda options: 1 // 0)
+    monkeypatch.setattr(cli, "_run", lambda *_: 1 // 0)
     assert "Traceback" in vmsup("run", "k")[2]
 
 
@@ -147,7 +147,7 @@ def test_what_goes_wrong_is_a_json_object_on_request(tmp_path):
 
 
 def test_ctrl_c_is_exit_code_130(monkeypatch):
-    def interrupted(options):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run", interrupted)
