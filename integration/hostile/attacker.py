@@ -321,7 +321,7 @@ ATTACKS: Final[dict[str, Attack]] = {
     "a state unasked": _control(wire.State(b"x"), line=_BROKE + "unexpected State in state serving"),
     "Done unasked": _control(wire.Done(), line=_BROKE + "unexpected Done in state serving"),
     "the supervisor's own words": _control(wire.Stop(), line=_BROKE + "unexpected Stop in state serving"),
-    "the zygote's words": _control(wire.Spawned(1), line=_BROKE + "unexpected Spawned in state serving"),
+    "the zygote's words": _control(wire.Spawned((1,)), line=_BROKE + "unexpected Spawned in state serving"),
     "Pong with another token": Attack(
         SERVING, answer_ping(lambda token: wire.Pong(token ^ 1)), _BROKE + "Pong with another token"
     ),
