@@ -2,7 +2,8 @@
 
 System V ABI, ELF-64 object file format; the entry point of a Linux vmlinux is the physical address of
 startup_64 (arch/x86/kernel/vmlinux.lds.S), entered as a bzImage would enter it.  pyelftools is imported when
-the first ELF is loaded: it costs more than the rest of the start.  Left out: relocation, sections, PVH notes.
+the first ELF is loaded, which costs more than any other import, and of it the structures alone: its ELFFile
+brings all of DWARF, and costs that much again.  Left out: relocation, sections, PVH notes.
 """
 
 from __future__ import annotations
@@ -57,20 +58,29 @@ def load(file: BootFile, memory: Memory) -> Kernel:
 def _parse(file: BootFile) -> tuple[int, list[_Segment]]:
     """The entry point and the PT_LOAD segments that take memory, by address."""
     from elftools.common.exceptions import ELFError  # noqa: PLC0415 (see the module's docstring)
-    from elftools.elf.elffile import ELFFile  # noqa: PLC0415
+    from elftools.common.utils import struct_parse  # noqa: PLC0415
+    from elftools.elf.structs import ELFStructs  # noqa: PLC0415
 
+    structs = ELFStructs(little_endian=True, elfclass=64)
+    structs.create_basic_structs()
     with os.fdopen(file.fd, "rb", closefd=False) as stream:
         try:
-            image = ELFFile(stream)
-            kind = (image.elfclass, image.little_endian, image["e_machine"], image["e_type"])
-            if kind != (64, True, "EM_X86_64", "ET_EXEC"):
+            image = struct_parse(structs.Elf_Ehdr, stream, 0)
+            ident = image.e_ident
+            kind = (ident.EI_CLASS, ident.EI_DATA, image.e_machine, image.e_type)
+            if kind != ("ELFCLASS64", "ELFDATA2LSB", "EM_X86_64", "ET_EXEC"):
                 raise file.error("expected an ELF64 little-endian x86-64 executable")
-            if image.num_segments() > SEGMENTS_MAX:
-                raise file.error(f"{image.num_segments()} segments, expected at most {SEGMENTS_MAX}")
-            headers = [s.header for s in image.iter_segments("PT_LOAD") if s["p_memsz"]]
-            entry = image["e_entry"]
+            if image.e_phnum > SEGMENTS_MAX:
+                raise file.error(f"{image.e_phnum} segments, expected at most {SEGMENTS_MAX}")
+            structs.create_advanced_structs(image.e_type, image.e_machine, ident.EI_OSABI)
+            places = (image.e_phoff + n * image.e_phentsize for n in range(image.e_phnum))
+            headers = [struct_parse(structs.Elf_Phdr, stream, at) for at in places]
         except (ELFError, OSError, ValueError, OverflowError) as e:
             # All but the first from seeks to where no file reaches, which pyelftools leaves as they are.
             raise file.error(f"not a sound ELF file: {e}") from None
-    segments = [_Segment(h.p_paddr, h.p_paddr + h.p_memsz, h.p_offset, h.p_filesz) for h in headers]
-    return entry, sorted(segments)
+    segments = [
+        _Segment(h.p_paddr, h.p_paddr + h.p_memsz, h.p_offset, h.p_filesz)
+        for h in headers
+        if h.p_type == "PT_LOAD" and h.p_memsz
+    ]
+    return image.e_entry, sorted(segments)
