@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any, Final, NoReturn
 
 from kvmcore.errors import ConfigError
@@ -17,6 +18,8 @@ console: Ctrl-A x ends the VM, Ctrl-A Ctrl-A sends Ctrl-A; everything else goes 
 """
 
 
+_WIDTH: Final = 100  # of a line of help; to ask the terminal argparse imports shutil, and every codec with it
+
 BACKENDS: Final = {"block": "a disk", "net": "a network card", "rng": "a source of random numbers"}
 
 
@@ -30,6 +33,7 @@ def parser(verb: str | None = None) -> argparse.ArgumentParser:
     top = _Parser(
         prog="vmsup",
         description="A virtual machine monitor in which every device is a jailed process.",
+        formatter_class=partial(argparse.HelpFormatter, width=_WIDTH),
         allow_abbrev=False,
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -39,7 +43,7 @@ def parser(verb: str | None = None) -> argparse.ArgumentParser:
             "run",
             help="boot a guest",
             epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=_WIDTH),
             allow_abbrev=False,
         )
     )
