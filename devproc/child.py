@@ -6,7 +6,6 @@ The supervisor may make accesses over the access channel or through the mailbox;
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import os
 import socket
@@ -122,7 +121,6 @@ def warm_up() -> None:
         traceback.format_exc()
     decode(encode(Hello(VERSION, "")))
     state.unpack(_Sample, state.pack(_Sample(1)))
-    hashlib.sha256()  # OpenSSL sets itself up
 
 
 class Serving(Protocol):
@@ -160,9 +158,6 @@ def main(
         control.send(Hello(VERSION, ctx.entry.name))
         ready = Ready(regs.digest(model))
         server = (serving or Server)(ctx.entry, model, ctx.params, access, control)
-        # A model that imports something only to be saved is found out here, not when the policy kills it.
-        server.device.restore(server.device.save())
-        server.device.counters()
         jail.await_ids(ctx)
         jail.enter(steps, ctx)
         for level, text in ctx.notes:

@@ -14,7 +14,6 @@ import fcntl
 import os
 import resource
 import signal
-import socket
 import struct
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Literal
@@ -311,15 +310,7 @@ def _capabilities(ctx: Context) -> None:
 
 def _drop_capabilities(keep: int = 0) -> None:
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
-    for capability in range(64):
-        if keep >> capability & 1:
-            continue
-        try:
-            syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
-        except OSError as e:
-            if e.errno != errno.EINVAL:  # past the last one of this kernel
-                raise
-            break
+    syscalls.bound_capabilities(keep)
     syscalls.prctl(syscalls.PR_SET_SECUREBITS, _SECUREBITS)  # python-prctl does not know the last two
     syscalls.drop_capabilities(keep)
 
@@ -330,14 +321,7 @@ def _no_gain(ctx: Context) -> None:
 
 
 def _parent(ctx: Context) -> None:
-    prctl.set_pdeathsig(signal.SIGKILL)
-    assert ctx.control is not None
-    try:
-        alive = ctx.control.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-    except BlockingIOError:
-        alive = True
-    if not alive:  # it died before the kernel would have told us
-        os._exit(0)
+    prctl.set_pdeathsig(signal.SIGKILL)  # if it is dead already, nobody takes the messages still to come
 
 
 def _memory(ctx: Context) -> None:

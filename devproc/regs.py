@@ -10,11 +10,11 @@ writes only whole.  What no register claims floats (`Table.hole`); other writes 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, ClassVar, Final, Literal
 
+from devproc.digest import sha256
 from devproc.record import record
 from devproc.wire import Space
 
@@ -330,7 +330,7 @@ def _values(register: Register) -> tuple[Any, ...]:
 @cache
 def _digest(model: type[Model]) -> bytes:
     tables = [(t.space, t.size, t.hole, [_values(r) for r in t.registers]) for t in model.TABLES]
-    return hashlib.sha256(repr(tables).encode()).digest()
+    return sha256(repr(tables).encode())
 
 
 def names_at(model: type[Model], space: int, offset: int, *, write: bool) -> str:

@@ -7,6 +7,7 @@ Spec: the Linux manual pages, section 2, of the same names.  Left out: everythin
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import signal
@@ -131,7 +132,12 @@ _syscall.restype = ctypes.c_long
 _clone = ctypes.PyDLL(None, use_errno=True).syscall
 _clone.restype = ctypes.c_long
 _clone.argtypes = (ctypes.c_long,) * 6
-_python = ctypes.pythonapi
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+# Found now, not in each child.
+_before_fork = ctypes.pythonapi.PyOS_BeforeFork
+_after_fork_parent = ctypes.pythonapi.PyOS_AfterFork_Parent
+_after_fork_child = ctypes.pythonapi.PyOS_AfterFork_Child
 
 
 def _call(name: str, *args: int | bytes | ctypes.Array[ctypes.c_char] | None, path: str | None = None) -> int:
@@ -159,15 +165,15 @@ def clone(flags: Sequence[int]) -> tuple[int | None, list[int]]:
     """
     words = [f | signal.SIGCHLD for f in flags]
     made = [0] * len(words)
-    _python.PyOS_BeforeFork()
+    _before_fork()
     # Next to nothing else: each page that is written to between two of them, both have for themselves.
     for n, word in enumerate(words):
         pid = _clone(_NR_CLONE, word, 0, 0, 0, 0)
         if pid == 0:
-            _python.PyOS_AfterFork_Child()
+            _after_fork_child()
             return n, []
         made[n] = pid if pid != -1 else -ctypes.get_errno()
-    _python.PyOS_AfterFork_Parent()
+    _after_fork_parent()
     return None, made
 
 
@@ -191,6 +197,16 @@ def pivot_root(new_root: str, put_old: str) -> None:
 def prctl(option: int, *args: int) -> int:
     """prctl(2) for the options python-prctl lacks."""
     return _call("prctl", option, *args, *(0,) * (4 - len(args)))
+
+
+def bound_capabilities(keep: int = 0) -> None:
+    """Leave only the mask `keep` in the bounding set."""
+    for capability in range(64):
+        if not keep >> capability & 1 and _prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == -1:
+            err = ctypes.get_errno()
+            if err == errno.EINVAL:  # past the last one of this kernel
+                return
+            raise OSError(err, f"prctl: {os.strerror(err)}")
 
 
 def drop_capabilities(keep: int = 0) -> None:

@@ -6,11 +6,11 @@ the file, which would kill the others with SIGBUS.  Left out: read-only regions 
 
 from __future__ import annotations
 
+import _thread  # not threading, which has much to do in each process that is forked
 import contextlib
 import fcntl
 import mmap
 import os
-import threading
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
@@ -45,7 +45,7 @@ class GuestMemory:
         with contextlib.suppress(OSError):  # a kernel without; if there are any is the host's to say
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
         self.fd = fd
 
     @classmethod

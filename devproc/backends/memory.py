@@ -8,11 +8,11 @@ Left out: files of huge pages, which only map in pieces of their size.
 
 from __future__ import annotations
 
+import _thread  # not threading, which has much to do in each process that is forked
 import mmap
 import os
 import socket
 import stat
-import threading
 from collections.abc import Sequence
 from typing import Final, cast
 
@@ -75,7 +75,7 @@ class _Patchwork(GuestMemory):
         self.size = at
         self._map = mmap.mmap(-1, at, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self._view = memoryview(self._map)
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
         for r, fd in zip(regions, fds, strict=True):
             host = self.host_address(r.guest_address, r.size)
             syscalls.map_over(host, r.size, fd, r.mmap_offset)

@@ -21,7 +21,6 @@ Requests are objects with "mode":
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 import socket
 import sys
@@ -32,6 +31,7 @@ from devproc import child, jail
 from devproc.backends import memory
 from devproc.catalog import MEMORY_PARAMS, Entry, Params
 from devproc.channel import Channel
+from devproc.digest import sha256
 from devproc.fuzz import instrument
 from devproc.fuzz.bench import Bench, Step
 from devproc.fuzz.finding import Finding
@@ -87,7 +87,7 @@ def describe(error: Exception) -> dict[str, Any]:
         "kind": kind,
         "why": str(error)[:1000] if isinstance(error, Finding) else f"{type(error).__name__}: {error}"[:1000],
         "frames": frames[:20],
-        "key": hashlib.sha256("\n".join(told).encode()).hexdigest()[:16],
+        "key": sha256("\n".join(told).encode()).hex()[:16],
     }
 
 
