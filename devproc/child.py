@@ -121,6 +121,11 @@ def warm_up() -> None:
         traceback.format_exc()
     decode(encode(Hello(VERSION, "")))
     state.unpack(_Sample, state.pack(_Sample(1)))
+    # Nothing changes, but the dynamic linker has then found them once, not in each child.
+    os.sched_setscheduler(0, os.sched_getscheduler(0), os.sched_getparam(0))
+    os.umask(os.umask(0))
+    os.setresgid(-1, -1, -1)
+    os.setresuid(-1, -1, -1)
 
 
 class Serving(Protocol):

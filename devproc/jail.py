@@ -348,7 +348,7 @@ def _seccomp(ctx: Context) -> None:
     assert ctx.filters is not None and ctx.control is not None
     first, second = ctx.filters
     frame = ctx.control.frame(Listener())
-    bytes(_ROOM)  # malloc keeps it: a recorder's filter asks about brk, too, and nobody answers it yet
+    syscalls.reserve_heap(_ROOM)  # a recorder's filter asks about brk, too, and nobody answers it yet
     listener = syscalls.seccomp_load(first, syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER)
     # The mark tells these calls from the same ones made later, which the listener is told of.
     syscalls.send_descriptor(ctx.control.fileno(), frame, listener, SETUP_MARK)

@@ -126,6 +126,32 @@ _LANDLOCK_RIGHTS: Final = (
     (0xFFFF, 0x3, 0x3),  # 6: abstract Unix sockets and signals outside the domain
 )
 
+
+# Not buffers of ctypes: it makes a class for each size, and every device process would make its own.
+class _Program(ctypes.Structure):  # struct sock_fprog
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+class _Vector(ctypes.Structure):  # struct iovec
+    _fields_ = (("base", ctypes.c_char_p), ("len", ctypes.c_size_t))
+
+
+class _Message(ctypes.Structure):  # struct msghdr
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("namelen", ctypes.c_uint),
+        ("iov", ctypes.POINTER(_Vector)),
+        ("iovlen", ctypes.c_size_t),
+        ("control", ctypes.c_char_p),
+        ("controllen", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+class _Capabilities(ctypes.Structure):  # struct __user_cap_header_struct
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
 # Without giving the interpreter's lock away, which a child could not ask back from threads it does not have.
@@ -134,13 +160,19 @@ _clone.restype = ctypes.c_long
 _clone.argtypes = (ctypes.c_long,) * 6
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 _prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+_malloc, _free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+_malloc.argtypes, _malloc.restype, _free.argtypes = (ctypes.c_size_t,), ctypes.c_void_p, (ctypes.c_void_p,)
 # Found now, not in each child.
 _before_fork = ctypes.pythonapi.PyOS_BeforeFork
 _after_fork_parent = ctypes.pythonapi.PyOS_AfterFork_Parent
 _after_fork_child = ctypes.pythonapi.PyOS_AfterFork_Child
 
 
-def _call(name: str, *args: int | bytes | ctypes.Array[ctypes.c_char] | None, path: str | None = None) -> int:
+def _call(
+    name: str,
+    *args: int | bytes | ctypes.Array[ctypes.c_char] | ctypes._CArgObject | None,
+    path: str | None = None,
+) -> int:
     """Raises OSError with the call's name (and `path`)."""
     # A plain int would be passed as a 32-bit C int: the upper half of the register would be garbage.
     words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in args]
@@ -211,9 +243,14 @@ def bound_capabilities(keep: int = 0) -> None:
 
 def drop_capabilities(keep: int = 0) -> None:
     """Leave only the mask `keep` permitted and effective, and nothing inheritable, known or not."""
-    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
+    header = _Capabilities(_CAPABILITY_VERSION_3, 0)
     low, high = keep & 0xFFFF_FFFF, keep >> 32
-    _call("capset", header, struct.pack("=6I", low, low, 0, high, high, 0))
+    _call("capset", ctypes.byref(header), struct.pack("=6I", low, low, 0, high, high, 0))
+
+
+def reserve_heap(size: int) -> None:
+    """Have malloc keep `size` bytes that it need not ask for later, nor write to now."""
+    _free(_malloc(size))
 
 
 def close_range(first: int, last: int) -> None:
@@ -321,19 +358,16 @@ def seccomp_load(program: bytes, flags: int = 0, mark: int = 0) -> int:
     `mark` is the sixth argument, which the call does not have, but which the filters in force can see.
     Returns the listener's descriptor with SECCOMP_FILTER_FLAG_NEW_LISTENER, otherwise 0.
     """
-    code = ctypes.create_string_buffer(program, len(program))
-    fprog = struct.pack("=H6xQ", len(program) // _BPF_INSN_SIZE, ctypes.addressof(code))
-    return _call("seccomp", SECCOMP_SET_MODE_FILTER, flags, fprog, 0, 0, mark)
+    fprog = _Program(len(program) // _BPF_INSN_SIZE, program)
+    return _call("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog), 0, 0, mark)
 
 
 def send_descriptor(sock: int, frame: bytes, fd: int, mark: int) -> None:
     """Send `frame` by `sock` with `fd` as SCM_RIGHTS; `mark`: see `seccomp_load`."""
-    data = ctypes.create_string_buffer(frame, len(frame))
-    vector = ctypes.create_string_buffer(struct.pack("=QQ", ctypes.addressof(data), len(frame)))
-    header = struct.pack("=Qiii4x", socket.CMSG_LEN(4), socket.SOL_SOCKET, socket.SCM_RIGHTS, fd)
-    control = ctypes.create_string_buffer(header, len(header))
-    at = ctypes.addressof(vector), 1, ctypes.addressof(control), len(header)
-    _call("sendmsg", sock, struct.pack("=QI4xQQQQi4x", 0, 0, *at, 0), 0, 0, 0, mark)
+    control = struct.pack("=Qiii4x", socket.CMSG_LEN(4), socket.SOL_SOCKET, socket.SCM_RIGHTS, fd)
+    vector = _Vector(frame, len(frame))
+    message = _Message(None, 0, ctypes.pointer(vector), 1, control, len(control), 0)
+    _call("sendmsg", sock, ctypes.byref(message), 0, 0, 0, mark)
 
 
 def close(fd: int, mark: int) -> None:
