@@ -202,7 +202,8 @@ def _clone(contexts: Sequence[Context]) -> Context | None:
         if pid > 0:
             ctx.pid = pid
             continue
-        error = JailError("namespaces" if ctx.namespaced else "process", OSError(-pid, os.strerror(-pid)))
+        why = f"clone: {os.strerror(-pid)}"
+        error = JailError("namespaces" if ctx.namespaced else "process", why)
         if ctx.namespaced and ctx.mode is Mode.BEST_EFFORT:
             ctx.notes.append((30, str(error)))
             ctx.namespaced = False

@@ -318,7 +318,8 @@ class _Launch:
         proxies: list[Proxy] = []
         self.undo.callback(end_devices, proxies)
         self.undo.callback(spawner.close)
-        proxies.extend(spawner.spawn_all(instances))
+        for proxy in spawner.spawn_all(instances):
+            proxies.append(proxy)  # at once: if another cannot be made, this one must be ended
         for proxy in proxies:
             proxy.await_ready(
                 mode, recorder.watch(proxy.instance.entry.name, proxy.name) if recorder else None
