@@ -152,16 +152,17 @@ class _Capabilities(ctypes.Structure):  # struct __user_cap_header_struct
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+_prctl = _libc.prctl
+_prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+_malloc, _free = _libc.malloc, _libc.free
+_malloc.argtypes, _malloc.restype, _free.argtypes = (ctypes.c_size_t,), ctypes.c_void_p, (ctypes.c_void_p,)
 # Without giving the interpreter's lock away, which a child could not ask back from threads it does not have.
 _clone = ctypes.PyDLL(None, use_errno=True).syscall
 _clone.restype = ctypes.c_long
 _clone.argtypes = (ctypes.c_long,) * 6
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
-_prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
-_malloc, _free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
-_malloc.argtypes, _malloc.restype, _free.argtypes = (ctypes.c_size_t,), ctypes.c_void_p, (ctypes.c_void_p,)
 # Found now, not in each child.
 _before_fork = ctypes.pythonapi.PyOS_BeforeFork
 _after_fork_parent = ctypes.pythonapi.PyOS_AfterFork_Parent
