@@ -163,6 +163,9 @@ def main(
         control.send(Hello(VERSION, ctx.entry.name))
         ready = Ready(regs.digest(model))
         server = (serving or Server)(ctx.entry, model, ctx.params, access, control)
+        # A model that imports something only to be saved is found out here, not when the policy kills it.
+        server.device.restore(server.device.save())
+        server.device.counters()
         jail.await_ids(ctx)
         jail.enter(steps, ctx)
         for level, text in ctx.notes:
