@@ -13,7 +13,8 @@ from typing import Final
 from kvmcore.exitloop import Core
 from kvmcore.kvm import Vcpu, Vm
 
-_LOOK_MS: Final = 20
+_LOOK_MS: Final = 20  # doubled at each look that finds nothing
+_LOOK_MAX_MS: Final = 320
 _LATE_MS: Final = 2  # a guest that goes on takes far less; a vCPU that waits for a processor may take more
 _LATE_MAX: Final = 3
 
@@ -33,6 +34,7 @@ class Coalescing:
         self._oldest: int | None = None
         self._seen_ns = 0  # when that was the oldest for the first time
         self._late = 0  # in a row
+        self._look_ms = _LOOK_MS
 
     def add(self, port: int, index: int) -> None:
         """Coalesce writes of a byte to `port`, device `index`'s, if this KVM can; before any vCPU runs."""
@@ -52,7 +54,9 @@ class Coalescing:
         now_ns = time.monotonic_ns()
         before, self._oldest = self._oldest, self._core.oldest_coalesced()
         if self._oldest is None:
-            return _LOOK_MS
+            self._look_ms = min(2 * self._look_ms, _LOOK_MAX_MS)
+            return self._look_ms
+        self._look_ms = _LOOK_MS
         if self._oldest != before:
             self._seen_ns = now_ns
             if before is not None:
