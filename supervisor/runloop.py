@@ -148,7 +148,8 @@ class RunLoop:
             poll.register(fd, events)
         until_s = time.monotonic() + PING_EVERY_S / 2
         while not (ready := dict(poll.poll(self._look_ms()))) and time.monotonic() < until_s:
-            pass
+            if self._lost is not None:
+                break
         # A panic or power-off that is followed by a reset counts as what it was.
         for fd, how in self._events:
             if fd in ready:

@@ -21,7 +21,7 @@ from integration import kvm
 from integration.bench import report
 
 TINY: Final = ("exit", "scale", "processes", "crowd")  # our own guests
-STOCK: Final = ("boot", "console", "block", "net")  # Linux
+STOCK: Final = ("boot", "console", "chipset", "block", "net")  # Linux
 TESTBED: Final = Path(__file__).parents[1] / "testbed/run"
 TESTBED_S: Final = 3600
 

@@ -89,7 +89,7 @@ def figures(command: Sequence[str]) -> dict[str, float]:
     with started(command) as process:
         out, errors = process.communicate()
     found = [line.split()[1:] for line in out.splitlines() if line.startswith(FIGURE)]
-    if process.returncode or not found:
+    if process.returncode or not found or {len(words) for words in found} != {2}:
         raise failed(command, process.returncode, out + errors)
     return {name: float(value) for name, value in found}
 
