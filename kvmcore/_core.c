@@ -349,7 +349,7 @@ static uint32_t transact_in_turn(struct device *d, const struct mailbox_request 
 static uint32_t device_transact(struct device *d, struct mailbox_request *r, uint64_t *value)
 {
     uint32_t number, gone = atomic_load(&d->gone);
-    r->at_ns = now_ns();
+    r->at_ns = r->at_ns ? r->at_ns : now_ns();
     /* A posted write waits for nobody's answer, or the writes to other devices behind it in the ring would, too. */
     bool is_put = r->posted && d->mailbox && !gone && mailbox_put(d, r, &number);
     gone = is_put ? atomic_load(&d->gone) : transact_in_turn(d, r, value);
@@ -373,14 +373,31 @@ static bool shadow_read(struct device *d, uint32_t space, uint64_t offset, uint3
     return true;
 }
 
-static uint32_t device_post(struct device *d, uint32_t space, uint64_t offset, uint32_t size, uint64_t data)
+/* What [addr, addr + size) belongs to, a hole being a range that floats; false if to more than one. */
+static bool locate(struct core *core, bool is_mmio, uint64_t addr, uint32_t size, struct core_route *route)
 {
-    struct mailbox_request r = {.tag = TAG_WRITE, .space = space, .offset = offset, .size = (uint8_t)size,
-                                .data = data, .posted = true};
-    return device_transact(d, &r, NULL);
+    pthread_rwlock_rdlock(&core->table_lock);
+    const struct table *table = core->tables[is_mmio];
+    uint32_t low = 0, high = table->n; /* ends with low = the first range that starts after addr */
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (table->routes[middle].start <= addr)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    bool whole;
+    const struct core_route *found = low ? &table->routes[low - 1] : NULL;
+    if (found && addr - found->start < found->size) {
+        *route = *found;
+        whole = found->size - (addr - found->start) >= size;
+    } else {
+        *route = (struct core_route){.kind = ROUTE_FLOAT};
+        whole = low == table->n || table->routes[low].start - addr >= size;
+    }
+    pthread_rwlock_unlock(&core->table_lock);
+    return whole;
 }
-
-static bool locate(struct core *core, bool is_mmio, uint64_t addr, uint32_t size, struct core_route *route);
 
 /* Posts the writes that KVM has put aside, in their order.  Who is late waits for who is at it: none is overtaken. */
 static void drain(struct core *core)
@@ -389,6 +406,7 @@ static void drain(struct core *core)
     if (!ring || ring->first == ring->last)
         return;
     pthread_mutex_lock(&core->ring_lock);
+    uint64_t at_ns = now_ns(); /* they are one access: a device may hold it up for one deadline */
     for (uint32_t left = KVM_COALESCED_MMIO_MAX; left && ring->first != ring->last; left--) {
         atomic_thread_fence(memory_order_acquire); /* KVM: the write first, then `last` */
         uint32_t first = ring->first % KVM_COALESCED_MMIO_MAX;
@@ -398,8 +416,10 @@ static void drain(struct core *core)
         if (is_access_size(entry.len) && locate(core, false, entry.phys_addr, entry.len, &r) &&
             r.kind == ROUTE_DEVICE) {
             memcpy(&data, entry.data, entry.len);
-            if (device_post(&core->devices[r.index], r.space, r.base_offset + (entry.phys_addr - r.start),
-                            entry.len, data))
+            uint64_t offset = r.base_offset + (entry.phys_addr - r.start);
+            struct mailbox_request w = {.tag = TAG_WRITE, .space = r.space, .offset = offset, .at_ns = at_ns,
+                                        .size = (uint8_t)entry.len, .data = data, .posted = true};
+            if (device_transact(&core->devices[r.index], &w, NULL))
                 atomic_store(&core->lost, r.index + 1);
         }
         atomic_thread_fence(memory_order_release);
@@ -432,33 +452,7 @@ static uint32_t device_write(struct core *core, uint32_t index, uint32_t space, 
     return device_access(core, &core->devices[index], &r, NULL);
 }
 
-/* ---- look-up ---- */
-
-/* What [addr, addr + size) belongs to, a hole being a range that floats; false if to more than one. */
-static bool locate(struct core *core, bool is_mmio, uint64_t addr, uint32_t size, struct core_route *route)
-{
-    pthread_rwlock_rdlock(&core->table_lock);
-    const struct table *table = core->tables[is_mmio];
-    uint32_t low = 0, high = table->n; /* ends with low = the first range that starts after addr */
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (table->routes[middle].start <= addr)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    bool whole;
-    const struct core_route *found = low ? &table->routes[low - 1] : NULL;
-    if (found && addr - found->start < found->size) {
-        *route = *found;
-        whole = found->size - (addr - found->start) >= size;
-    } else {
-        *route = (struct core_route){.kind = ROUTE_FLOAT};
-        whole = low == table->n || table->routes[low].start - addr >= size;
-    }
-    pthread_rwlock_unlock(&core->table_lock);
-    return whole;
-}
+/* ---- PCI configuration ---- */
 
 #define PCI_ENABLE 0x80000000u
 #define PCI_ADDRESS_BITS 0x80fffffcu /* PCI 3.0, figure 3-2: enable, bus, device, function, register */

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvmcore.exitloop import Core, DeviceGone
+from kvmcore.exitloop import Core, DeviceGone, Route
 from kvmcore.mailbox import Mailbox
 
 PATIENT_MS, IMPATIENT_MS = 30_000, 300
@@ -131,8 +131,9 @@ def test_a_bell_that_rings_already_does_not_hold_the_vcpu_up(peer: Peer) -> None
 
 def test_the_value_of_the_request_is_taken(peer: Peer) -> None:
     def answer() -> None:
-        peer.set_value(0x80 + peer.get(POSTED))
-        peer.set(DONE, peer.get(POSTED))
+        posted = peer.get(POSTED)
+        peer.set_value(0x80 + posted)
+        peer.set(DONE, posted)
 
     peer.meanwhile(answer)
     assert [peer.read() for _ in range(100)] == [0x80 + n for n in range(1, 101)]
@@ -159,6 +160,25 @@ def test_a_full_mailbox_that_is_not_emptied_is_death(peer: Peer) -> None:
         peer.write()
     assert gone(peer, peer.write) == "it did not answer in time"
     assert peer.get(POSTED) == SLOTS
+
+
+@pytest.mark.parametrize("peer", [500], indirect=True)
+def test_coalesced_writes_wait_together_for_one_deadline(peer: Peer) -> None:
+    """A device that makes room just in time, again and again, holds nobody up for longer."""
+    count = (mmap.PAGESIZE - 8) // 24 - 1  # KVM_COALESCED_MMIO_MAX, less the one that stays free
+    fd = os.memfd_create("ring")
+    os.write(fd, struct.pack("=II", 0, count) + count * struct.pack("=QII8s", 0x600, 1, 1, b"x"))
+    os.ftruncate(fd, mmap.PAGESIZE)
+    peer.core.set_routes([Route.device(0x600, 8, peer.index, 0)], [])
+    peer.core.coalesce(fd, 0, peer.index)
+    os.close(fd)
+
+    def make_room() -> None:
+        time.sleep(0.3)
+        peer.set(DONE, peer.get(POSTED) - SLOTS // 2)
+
+    peer.meanwhile(make_room)
+    assert gone(peer, peer.core.drain) == "it did not answer in time"
 
 
 @pytest.mark.parametrize("done", [2, 65, 0x80000000, 0x80000001, 0xFFFFFFFF - SLOTS])
