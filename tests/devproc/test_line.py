@@ -13,7 +13,7 @@ from devproc.ports import HostError
 @pytest.fixture
 def place():
     with open(os.devnull) as null:
-        line = Line(fcntl.fcntl(null, fcntl.F_DUPFD, 200))  # a number that nothing else here gets
+        line = Line(fcntl.fcntl(null, fcntl.F_DUPFD, 900))  # a number that nothing else here gets
     yield line
     if line._socket is not None:
         line.close()
