@@ -31,6 +31,10 @@ EXIT_TIMEOUT = 124
 BOOT_TIMEOUT_S = 60
 GRACE_S = 10  # from SIGTERM to the end of L1
 SNAPSHOTS_KEPT = 3  # each is some 300 MB
+# After so long without a word L1 gets an interrupt, which is all that an empty order is.  QEMU's SVM under TCG
+# (7.2) was seen to leave a processor halted for good with its timer's interrupt pending (IRR and IF set, TPR
+# below); any other interrupt wakes it.
+_QUIET_S = 1.0
 _HERE = Path(__file__).parent
 _END = b"\0L1-END\0"
 
@@ -198,7 +202,11 @@ def _pump(machine: Qemu, timeout_s: float) -> int:
             # Python, told to by PYTHONFAULTHANDLER, answers SIGABRT with where each of its threads is.
             control.sendall(b"DUMP\nSIGNAL ABRT\nSIGNAL TERM\n")
         watched = [*sinks] if status is not None else [control, *sinks]
-        for source in select.select(watched, [], [], max(0.0, deadline - time.monotonic()))[0]:
+        left_s = max(0.0, deadline - time.monotonic())
+        ready = select.select(watched, [], [], min(left_s, _QUIET_S))[0]
+        if not ready and status is None:
+            control.sendall(b"\n")
+        for source in ready:
             if source is control:
                 for line in _control_lines(machine):
                     if line.startswith("EXIT "):
