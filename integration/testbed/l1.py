@@ -31,9 +31,9 @@ EXIT_TIMEOUT = 124
 BOOT_TIMEOUT_S = 60
 GRACE_S = 10  # from SIGTERM to the end of L1
 SNAPSHOTS_KEPT = 3  # each is some 300 MB
-# After so long without a word L1 gets an interrupt, which is all that an empty order is.  QEMU's SVM under TCG
-# (7.2) was seen to leave a processor halted for good with its timer's interrupt pending (IRR and IF set, TPR
-# below); any other interrupt wakes it.
+# After so long without a word L1 gets an interrupt, which is all that an empty order is.  QEMU 7.2 was seen
+# to leave an emulated processor with SVM halted for good, its timer's interrupt pending (IRR and IF set, the
+# TPR below): any other wakes it.
 _QUIET_S = 1.0
 _HERE = Path(__file__).parent
 _END = b"\0L1-END\0"
