@@ -110,13 +110,18 @@ class Spawner:
     def spawn_all(self, instances: Iterable[Instance]) -> Iterator[Proxy]:
         """As `spawn`, for many, which get ready at once; what was made is given before it raises."""
         asked: list[_Asked] = []
-        for instance in instances:
-            asked.append(self._ask(instance))
-            if len(asked) == SPAWNS_MAX or sum(a.instance.entry.held for a in asked) > _FDS_AT_ONCE:
-                yield from self._make(asked)
-                asked = []
-        if asked:
-            yield from self._make(asked)
+        try:
+            for instance in instances:
+                asked.append(self._ask(instance))
+                if len(asked) == SPAWNS_MAX or sum(a.instance.entry.held for a in asked) > _FDS_AT_ONCE:
+                    batch, asked = asked, []
+                    yield from self._make(batch)
+            batch, asked = asked, []
+            if batch:
+                yield from self._make(batch)
+        finally:
+            for a in asked:
+                a.close()
 
     def _ask(self, instance: Instance) -> _Asked:
         opened = self.opened.get(instance.name, _NOTHING)
@@ -156,20 +161,31 @@ class Spawner:
                 a.close()
             raise VmsupError(str(e)) from None
         failed: list[tuple[Entry, SpawnError]] = []
-        for a, pid in zip(asked, outcomes, strict=True):
-            if isinstance(pid, SpawnError):
+        left = [*zip(asked, outcomes, strict=True)]
+        try:
+            while left:
+                a, pid = left.pop(0)
+                if isinstance(pid, SpawnError):
+                    a.close()
+                    failed.append((a.instance.entry, pid))
+                    continue
+                yield self._proxy(a, pid)
+        finally:
+            for a, _ in left:
                 a.close()
-                failed.append((a.instance.entry, pid))
-                continue
-            through = a.mailbox if self.transport == "mailbox" else None
-            yield Proxy(
-                a.instance, pid, self.core, a.access, a.control, a.log, self.timeout_s, self.say, through
-            )
-            a.mailbox.close()
         for entry, why in failed:
             # A policy that cannot be used is for its author to mend: PolicyError says where.
             compile_notify(load(entry.name, entry.slots()), jail.SETUP_CALLS)
             raise VmsupError(str(why))
+
+    def _proxy(self, a: _Asked, pid: int) -> Proxy:
+        through = a.mailbox if self.transport == "mailbox" else None
+        try:
+            return Proxy(
+                a.instance, pid, self.core, a.access, a.control, a.log, self.timeout_s, self.say, through
+            )
+        finally:
+            a.mailbox.close()
 
     def close(self) -> None:
         """Give back the eventfds."""
